@@ -1,0 +1,1 @@
+"""Kernels: one op, one file, one contract (see ARCHITECTURE.md)."""

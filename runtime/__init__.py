@@ -1,0 +1,1 @@
+"""pagemill turns document pages into structured text at the lowest cost per page."""

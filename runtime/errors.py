@@ -1,0 +1,25 @@
+"""Every error a user can meet: one sentence that says what, where, and what to do."""
+
+
+class PagemillError(Exception):
+    """Base of all errors that pagemill raises on purpose."""
+
+
+class ConfigError(PagemillError):
+    """An option has a value that cannot work."""
+
+
+class CheckpointError(PagemillError):
+    """A checkpoint cannot be found, read, or run; names the file or the weight."""
+
+
+class PageError(PagemillError):
+    """A page cannot be opened, decoded or prepared; names the file and the page."""
+
+
+class RequestError(PagemillError):
+    """A request cannot be served as asked (too long for the context, malformed prompt)."""
+
+
+class KernelUnavailable(PagemillError):
+    """No implementation of a kernel takes what was asked; lists what was tried."""

@@ -1,0 +1,1 @@
+"""config.json to ModelConfig, safetensors to weights, vision tower, decoder, M-RoPE."""
