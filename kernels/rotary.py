@@ -38,9 +38,7 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> None:
     half = x.shape[-1] // 2
     first, second = x[..., :half].float(), x[..., half:].float()
     cos, sin = cos[:, None], sin[:, None]
-    rotated = (
-        first * cos - second * sin
-    )  # both halves before either is overwritten: in float32 they are views
+    rotated = first * cos - second * sin  # both halves before either is overwritten: in float32 they are views
     x[..., half:] = (second * cos + first * sin).to(x.dtype)
     x[..., :half] = rotated.to(x.dtype)
 
