@@ -7,11 +7,12 @@ float32. A malformed argument raises ValueError naming it; nothing is converted 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol
 
 import torch
+from pagemill import _native
 from pagemill.errors import KernelUnavailable
 from pagemill.kernels import activation, attention, linear, norm, rotary, sampling
 from pagemill.kernels.attention import kv_cache_shapes
@@ -83,6 +84,32 @@ def _reference(dtype: torch.dtype) -> Kernels:
     )
 
 
+def _native_over(reference: Kernels, dtype: torch.dtype) -> Kernels:
+    implementations = dict.fromkeys(_OPS, f"native ({_native.isa()})")
+    kernels = replace(
+        reference,
+        rms_norm=norm.rms_norm_native,
+        add_rms_norm=norm.add_rms_norm_native,
+        swiglu=activation.swiglu_native,
+        gelu=activation.gelu_native,
+        rotary=rotary.rotary_native,
+        rotary_cache=rotary.rotary_cache_native,
+        paged_attention=attention.paged_attention_native,
+        varlen_attention=attention.varlen_attention_native,
+        greedy=sampling.greedy_native,
+    )
+    if dtype == torch.float32:
+        kernels = replace(
+            kernels,
+            pack_linear=linear.pack_native,
+            linear=linear.linear_native,
+            embed=linear.embed_native,
+        )
+    else:  # oneDNN, under torch, has matrix kernels for bfloat16 that fit the machine
+        implementations |= dict.fromkeys(("linear", "embed"), "reference (torch)")
+    return replace(kernels, implementations=implementations)
+
+
 def select(kind: str, device: torch.device, dtype: torch.dtype) -> Kernels:
     """The kernels for tensors of `dtype` on `device`.
 
@@ -96,6 +123,9 @@ def select(kind: str, device: torch.device, dtype: torch.dtype) -> Kernels:
         raise KernelUnavailable(f"no kernels compute in {dtype}; use torch.float32 or torch.bfloat16")
     if kind == "triton":
         raise KernelUnavailable('kernels="triton" is not built into this version; use "auto" or "reference"')
-    if kind == "native":
-        raise KernelUnavailable('kernels="native" is not built into this version; use "auto" or "reference"')
-    return _reference(dtype)
+    if kind == "native" and device.type != "cpu":
+        raise KernelUnavailable(
+            f'kernels="native" runs on the CPU, not on {device}; use "auto" or "reference"'
+        )
+    reference = _reference(dtype)
+    return reference if kind == "reference" or device.type != "cpu" else _native_over(reference, dtype)

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from pagemill import _native
 from pagemill.kernels.check import expect, expect_tensor
 from torch import Tensor
+from torch.utils.dlpack import to_dlpack as dl
 
-__all__ = ["gelu_reference", "swiglu_reference"]
+__all__ = ["gelu_native", "gelu_reference", "swiglu_native", "swiglu_reference"]
 
 _DTYPES = (torch.float32, torch.bfloat16)
 
@@ -31,3 +33,18 @@ def gelu_reference(x: Tensor) -> Tensor:
     """`x * Phi(x)` elementwise, with the error function and not its tanh approximation; x is `[M, H]`."""
     expect_tensor("x", x, _DTYPES, (None, None))
     return F.gelu(x.float()).to(x.dtype)
+
+
+def swiglu_native(gate_up: Tensor) -> Tensor:
+    """`swiglu_reference` in C++ (`csrc/body_elementwise.h`)."""
+    _check_pairs(gate_up)
+    out = torch.empty(gate_up.shape[0], gate_up.shape[1] // 2, dtype=gate_up.dtype)
+    _native.swiglu(dl(gate_up), dl(out))
+    return out
+
+
+def gelu_native(x: Tensor) -> Tensor:
+    """`gelu_reference` in C++; x must be contiguous."""
+    out = torch.empty(x.shape, dtype=x.dtype)
+    _native.gelu(dl(x), dl(out))
+    return out

@@ -12,10 +12,18 @@ from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
+from pagemill import _native
 from pagemill.kernels.check import expect, expect_tensor
 from torch import Tensor
+from torch.utils.dlpack import to_dlpack as dl
 
-__all__ = ["kv_cache_shapes", "paged_attention_reference", "varlen_attention_reference"]
+__all__ = [
+    "kv_cache_shapes",
+    "paged_attention_native",
+    "paged_attention_reference",
+    "varlen_attention_native",
+    "varlen_attention_reference",
+]
 
 _DTYPES = (torch.float32, torch.bfloat16)
 Shape4 = tuple[int, int, int, int]
@@ -128,4 +136,31 @@ def varlen_attention_reference(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tens
         rows = starts[:, None] + torch.arange(length, device=q.device)
         qs, ks, vs = (x[rows].transpose(1, 2) for x in (q, k, v))
         out[rows] = F.scaled_dot_product_attention(qs, ks, vs, scale=scale).transpose(1, 2)
+    return out
+
+
+def paged_attention_native(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_tables: Tensor,
+    query_start: Tensor,
+    context_lens: Tensor,
+    scale: float,
+) -> Tensor:
+    """`paged_attention_reference` in C++ (`csrc/body_attention.h`), for head_dim up to 256.
+
+    In float32 the rows of a token are the same bits whatever else is in the batch, however its sequence is
+    chunked, and for any block size, block placement and number of threads.
+    """
+    out = torch.empty(q.shape, dtype=q.dtype)
+    batch = dl(block_tables), dl(query_start), dl(context_lens)
+    _native.paged_attention(dl(q), dl(k_cache), dl(v_cache), *batch, scale, dl(out))
+    return out
+
+
+def varlen_attention_native(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float) -> Tensor:
+    """`varlen_attention_reference` in C++, for head_dim up to 256; bit-identical for any batch of segments."""
+    out = torch.empty(q.shape, dtype=q.dtype)
+    _native.varlen_attention(dl(q), dl(k), dl(v), dl(cu_seqlens), scale, dl(out))
     return out

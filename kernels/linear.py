@@ -10,19 +10,31 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from pagemill import _native
 from pagemill.kernels.check import expect, expect_tensor
 from torch import Tensor
+from torch.utils.dlpack import to_dlpack as dl
 
-__all__ = ["PackedLinear", "embed_reference", "linear_reference", "pack_reference"]
+__all__ = [
+    "PackedLinear",
+    "embed_native",
+    "embed_reference",
+    "linear_native",
+    "linear_reference",
+    "pack_native",
+    "pack_reference",
+]
 
 _WEIGHTS = (torch.float32, torch.bfloat16, torch.float16)
+_PANEL = 32  # output features of a panel, as in csrc/isa.h
 
 
 @dataclass(frozen=True)
 class PackedLinear:
     """A weight in the layout of one implementation; opaque to its users.
 
-    `weight` is `[N, K]` for the reference; `bias` is `[N]` or None. Both have the compute dtype.
+    `weight` is `[N, K]` for the reference and `[ceil(N / 32), K, 32]`, zero padded, for the native form;
+    `bias` is None or as long as the weight's N, padding included. Both have the compute dtype.
     """
 
     weight: Tensor
@@ -72,3 +84,39 @@ def embed_reference(ids: Tensor, packed: PackedLinear) -> Tensor:
             low >= 0 and high < packed.out_features, "ids", f"0..{packed.out_features - 1}", f"{low}..{high}"
         )
     return F.embedding(ids, packed.weight)
+
+
+def pack_native(weight: Tensor, bias: Tensor | None) -> PackedLinear:
+    """Pack into float32 panels of 32 output features; beyond them it needs only a small piece of the weight
+    at a time.
+    """
+    _check_weight(weight, bias)
+    n, k = weight.shape
+    count = -(-n // _PANEL)
+    panels = torch.empty(count, k, _PANEL)
+    step = max(1, (1 << 20) // max(1, _PANEL * k)) * _PANEL
+    for first in range(0, n, step):
+        _native.pack_panels(dl(weight[first : first + step].float()), first, dl(panels))
+    padded = None
+    if bias is not None:
+        padded = torch.zeros(count * _PANEL)
+        padded[:n] = bias
+    return PackedLinear(panels, padded, n, k)
+
+
+def linear_native(x: Tensor, packed: PackedLinear, *, out_float32: bool = False) -> Tensor:
+    """`linear_reference` in C++ (`csrc/body_gemm.h`), float32 only: every row of the result is the same bits
+    for any M.
+    """
+    out = torch.empty(x.shape[0], packed.out_features)
+    bias = None if packed.bias is None else dl(packed.bias)
+    _native.linear(dl(x), dl(packed.weight), bias, dl(out))
+    return out
+
+
+def embed_native(ids: Tensor, packed: PackedLinear) -> Tensor:
+    """`embed_reference` from panels."""
+    _check_ids(ids)
+    out = torch.empty(ids.shape[0], packed.in_features)
+    _native.embed(dl(ids), dl(packed.weight), packed.out_features, dl(out))
+    return out

@@ -7,10 +7,12 @@ scaled row is rounded to x's dtype before it is multiplied by the weight, as in 
 from __future__ import annotations
 
 import torch
+from pagemill import _native
 from pagemill.kernels.check import expect, expect_tensor
 from torch import Tensor
+from torch.utils.dlpack import to_dlpack as dl
 
-__all__ = ["add_rms_norm_reference", "rms_norm_reference"]
+__all__ = ["add_rms_norm_native", "add_rms_norm_reference", "rms_norm_native", "rms_norm_reference"]
 
 _DTYPES = (torch.float32, torch.bfloat16)
 
@@ -35,3 +37,17 @@ def add_rms_norm_reference(x: Tensor, residual: Tensor, weight: Tensor, eps: flo
     expect_tensor("residual", residual, x.dtype, tuple(x.shape))
     residual += x
     return rms_norm_reference(residual, weight, eps)
+
+
+def rms_norm_native(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """`rms_norm_reference` in C++ (`csrc/body_elementwise.h`)."""
+    out = torch.empty(x.shape, dtype=x.dtype)
+    _native.rms_norm(dl(x), dl(weight), eps, dl(out))
+    return out
+
+
+def add_rms_norm_native(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """`add_rms_norm_reference` in C++, in one pass over each row."""
+    out = torch.empty(x.shape, dtype=x.dtype)
+    _native.add_rms_norm(dl(x), dl(residual), dl(weight), eps, dl(out))
+    return out

@@ -8,10 +8,12 @@ has the layout of `pagemill.kernels.attention`.
 from __future__ import annotations
 
 import torch
+from pagemill import _native
 from pagemill.kernels.check import expect, expect_tensor
 from torch import Tensor
+from torch.utils.dlpack import to_dlpack as dl
 
-__all__ = ["rotary_cache_reference", "rotary_reference"]
+__all__ = ["rotary_cache_native", "rotary_cache_reference", "rotary_native", "rotary_reference"]
 
 _DTYPES = (torch.float32, torch.bfloat16)
 
@@ -83,3 +85,25 @@ def rotary_cache_reference(
     k_cache[block, :, :, offset] = k[kept]
     v_cache[block, :, offset, :] = v[kept]
     return q
+
+
+def rotary_native(x: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """`rotary_reference` in C++ (`csrc/body_elementwise.h`)."""
+    _native.rotary(dl(x), dl(cos), dl(sin))
+
+
+def rotary_cache_native(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    slots: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    num_heads: int,
+    num_kv_heads: int,
+) -> Tensor:
+    """`rotary_cache_reference` in C++; the caches must be contiguous."""
+    caches = dl(k_cache), dl(v_cache)
+    _native.rotary_cache(dl(qkv), dl(cos), dl(sin), dl(slots), *caches, num_heads, num_kv_heads)
+    head_dim = k_cache.shape[2]
+    return qkv[:, : num_heads * head_dim].view(qkv.shape[0], num_heads, head_dim)

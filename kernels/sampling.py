@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import torch
+from pagemill import _native
 from pagemill.kernels.check import expect, expect_tensor
 from torch import Tensor
+from torch.utils.dlpack import to_dlpack as dl
 
-__all__ = ["greedy_reference"]
+__all__ = ["greedy_native", "greedy_reference"]
 
 
 def _check(logits: Tensor) -> None:
@@ -26,3 +28,12 @@ def greedy_reference(logits: Tensor) -> tuple[Tensor, Tensor]:
     token = logits.argmax(-1)
     best = logits.gather(-1, token[:, None])[:, 0]
     return token, best - logits.logsumexp(-1)
+
+
+def greedy_native(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """`greedy_reference` in C++ (`csrc/body_elementwise.h`)."""
+    _check(logits)
+    token = torch.empty(logits.shape[0], dtype=torch.int64)
+    logprob = torch.empty(logits.shape[0])
+    _native.greedy(dl(logits), dl(token), dl(logprob))
+    return token, logprob

@@ -1,0 +1,13 @@
+// Everything one instruction set compiles, inside its namespace: no header of the standard library in here, or its
+// inline functions would be emitted with that instruction set for the whole program.
+#include "body_simd.h"
+#include "body_gemm.h"
+#include "body_elementwise.h"
+#include "body_attention.h"
+
+template <class T>
+constexpr TypedKernels<T> typed_table() {
+    return {&rms_norm<T>, &swiglu<T>, &gelu<T>, &rotary<T>, &attention<T>};
+}
+
+constexpr Isa table(const char* name) { return {name, &linear, &greedy, typed_table<float>(), typed_table<bf16>()}; }

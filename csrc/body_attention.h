@@ -1,0 +1,149 @@
+// Softmax attention of one kv head (online softmax, Milakov & Gimelshein 2018; tiles as in FlashAttention, Dao et
+// al. 2022). Keys are taken in tiles at fixed absolute positions and a masked key adds exactly nothing, so that a
+// query's bits depend neither on the other queries of its tile, nor on chunking, nor on where blocks lie.
+
+constexpr int kKeys = 64;  // of a tile
+
+// dst[i] = float(src[i])
+template <class T>
+PM_INLINE void copy(float* dst, const T* src, int64_t n) {
+    sweep(n, [&](int64_t i, int64_t count) { put(dst + i, take(src + i, count), count); });
+}
+
+PM_INLINE void clear(float* dst, int64_t n) {
+    if (n > 0) memset(dst, 0, n * sizeof(float));
+}
+
+// In place: rows[i] lane j <-> rows[j] lane i.
+PM_INLINE void transpose(V* rows) {
+#pragma GCC unroll 4
+    for (int s = 1; s < W; s *= 2) {
+        I low, high;  // of a pair of rows s apart, exchange the off-diagonal s x s squares
+        for (int i = 0; i < W; ++i) {
+            low[i] = i & s ? W + i - s : i;
+            high[i] = i & s ? W + i : i + s;
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < W; ++i) {
+            if (i & s) continue;
+            const V a = rows[i], b = rows[i + s];
+            rows[i] = __builtin_shuffle(a, b, low);
+            rows[i + s] = __builtin_shuffle(a, b, high);
+        }
+    }
+}
+
+// kt[d][kKeys] and vt[count][ldv] of keys first..first+count-1; lanes of kt past count are zero, columns of vt past d too.
+template <class T>
+PM_KERNEL void stage_paged(const AttentionArgs<T>& p, int64_t first, int64_t count, float* kt, float* vt, int64_t ldv) {
+    for (int64_t j = 0; j < count;) {
+        const int64_t offset = (first + j) % p.block_size;
+        const int64_t run = p.block_size - offset < count - j ? p.block_size - offset : count - j;
+        const int64_t base = p.blocks[(first + j) / p.block_size] * p.block_stride;
+        const T* k = p.k + base + offset;
+        for (int64_t i = 0; i < p.d; ++i) copy(kt + i * kKeys + j, k + i * p.block_size, run);
+        const T* v = p.v + base + offset * p.d;
+        for (int64_t i = 0; i < run; ++i) {
+            copy(vt + (j + i) * ldv, v + i * p.d, p.d);
+            clear(vt + (j + i) * ldv + p.d, ldv - p.d);
+        }
+        j += run;
+    }
+    if (count < kKeys)
+        for (int64_t i = 0; i < p.d; ++i) clear(kt + i * kKeys + count, kKeys - count);
+}
+
+template <class T>
+PM_KERNEL void stage_packed(const AttentionArgs<T>& p, int64_t first, int64_t count, float* kt, float* vt, int64_t ldv) {
+    for (int64_t j = 0; j < kKeys; j += W) {
+        for (int64_t i = 0; i < p.d; i += W) {
+            const int64_t width = p.d - i < W ? p.d - i : W;
+            V rows[W];
+            for (int r = 0; r < W; ++r) rows[r] = j + r < count ? take(p.k + (first + j + r) * p.k_key + i, width) : V{};
+            transpose(rows);
+            for (int r = 0; r < width; ++r) store(kt + (i + r) * kKeys + j, rows[r]);
+        }
+    }
+    for (int64_t j = 0; j < count; ++j) {
+        copy(vt + j * ldv, p.v + (first + j) * p.v_key, p.d);
+        clear(vt + j * ldv + p.d, ldv - p.d);
+    }
+}
+
+// One tile of scores for one row: s becomes the weights, the running maximum and lane sums move on, the output so
+// far is rescaled. `valid` >= 1 keys of `width` columns are visible.
+PM_INLINE void soften(float* s, int64_t valid, int64_t width, float& maximum, float* lanes, float* out, int64_t ldv) {
+    const float inf = std::numeric_limits<float>::infinity();
+    const I lane = iota();
+    V best = splat(maximum);
+    for (int64_t j = 0; j < width; j += W) {
+        V v = load(s + j);
+        if (valid - j < W) {
+            v = lane < static_cast<int32_t>(valid - j) ? v : splat(-inf);
+            store(s + j, v);
+        }
+        best = max(v, best);
+    }
+    const float top = highest(best);
+    V total = {};
+    for (int64_t j = 0; j < width; j += W) {
+        const V weight = exp(load(s + j) - top);
+        store(s + j, weight);
+        total += weight;
+    }
+    if (top != maximum) {
+        const float rescale = exp(splat(maximum - top))[0];
+        store(lanes, load(lanes) * rescale + total);
+        for (int64_t i = 0; i < ldv; i += W) store(out + i, load(out + i) * rescale);
+        maximum = top;
+    } else {
+        store(lanes, load(lanes) + total);
+    }
+}
+
+template <class T>
+PM_KERNEL void attention(const AttentionArgs<T>& p) {
+    const int64_t rows = p.tokens * p.group;
+    const int64_t ldv = (p.d + kColumns - 1) / kColumns * kColumns;
+    float* q = scratch(rows * (2 * kAStride + ldv + W + 1) + kKeys * (p.d + ldv));
+    float* s = q + rows * kAStride;
+    float* kt = s + rows * kAStride;
+    float* vt = kt + p.d * kKeys;
+    float* out = vt + kKeys * ldv;
+    float* lanes = out + rows * ldv;
+    float* maxima = lanes + rows * W;
+    for (int64_t r = 0; r < rows; ++r) {
+        const T* from = p.q + r / p.group * p.q_token + r % p.group * p.q_head;
+        sweep(p.d, [&](int64_t i, int64_t n) { put(q + r * kAStride + i, take(from + i, n) * p.scale, n); });
+        maxima[r] = -std::numeric_limits<float>::infinity();
+    }
+    clear(out, rows * ldv);
+    clear(lanes, rows * W);
+    const float *k_blocks[kKeys / kColumns], *v_blocks[256 / kColumns + 1];
+    for (int j = 0; j < kKeys / kColumns; ++j) k_blocks[j] = kt + j * kColumns;
+    for (int j = 0; j < ldv / kColumns; ++j) v_blocks[j] = vt + j * kColumns;
+
+    for (int64_t first = 0; first < p.keys; first += kKeys) {
+        const int64_t count = p.keys - first < kKeys ? p.keys - first : kKeys;
+        if (p.blocks) stage_paged(p, first, count, kt, vt, ldv);
+        else stage_packed(p, first, count, kt, vt, ldv);
+        // Query token i sees causal_first + i keys: the tokens before `begin` see none of this tile.
+        int64_t begin = 0;
+        if (p.causal && first >= p.causal_first) begin = (first - p.causal_first + 1) * p.group;
+        const int64_t left = rows - begin;
+        float* sb = s + begin * kAStride;
+        const int blocks = static_cast<int>((count + kColumns - 1) / kColumns);
+        gemm(left, q + begin * kAStride, k_blocks, blocks, kKeys, p.d, sb, kAStride, false);
+        for (int64_t r = begin; r < rows; ++r) {
+            const int64_t visible = (p.causal ? p.causal_first + r / p.group : p.keys) - first;
+            soften(s + r * kAStride, visible < count ? visible : count, blocks * kColumns, maxima[r], lanes + r * W,
+                   out + r * ldv, ldv);
+        }
+        gemm(left, sb, v_blocks, static_cast<int>(ldv / kColumns), ldv, count, out + begin * ldv, ldv, true);
+    }
+    for (int64_t r = 0; r < rows; ++r) {
+        T* to = p.out + r / p.group * p.out_token + r % p.group * p.out_head;
+        const V norm = splat(1.0f / sum(load(lanes + r * W)));
+        sweep(p.d, [&](int64_t i, int64_t n) { put(to + i, load(out + r * ldv + i) * norm, n); });
+    }
+}

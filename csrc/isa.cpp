@@ -1,0 +1,59 @@
+#include "isa.h"
+
+#include <pybind11/pybind11.h>
+
+#include <atomic>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+namespace pagemill {
+namespace {
+
+// Best first.
+std::vector<const Isa*> available() {
+    std::vector<const Isa*> found;
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
+    if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+        found.push_back(&kAvx512);
+    if (avx2) found.push_back(&kAvx2);
+#endif
+    found.push_back(&kPortable);
+    return found;
+}
+
+std::atomic<const Isa*>& current() {
+    static std::atomic<const Isa*> chosen{available().front()};
+    return chosen;
+}
+
+}  // namespace
+
+const Isa& isa() { return *current().load(std::memory_order_relaxed); }
+
+void bind_isa(pybind11::module_& m) {
+    m.def("isa", [] { return isa().name; }, "The instruction set in use.");
+    m.def("isas", [] {
+        std::vector<std::string> names;
+        for (const Isa* one : available()) names.push_back(one->name);
+        pybind11::list list;
+        for (const auto& name : names) list.append(name);
+        return list;
+    }, "The instruction sets that this machine and build have, best first.");
+    m.def("set_isa", [](const std::string& name) {
+        std::string names;
+        for (const Isa* one : available()) {
+            if (name == one->name) {
+                current().store(one);
+                return;
+            }
+            names += std::string(names.empty() ? "" : ", ") + one->name;
+        }
+        throw std::invalid_argument("isa: expected one of " + names + ", found " + name);
+    }, "Force an instruction set, for tests and measurements.");
+}
+
+}  // namespace pagemill

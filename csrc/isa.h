@@ -1,0 +1,97 @@
+// The kernels of one instruction set, as a table; the best one the machine has is picked when first used.
+//
+// Each isa_*.cpp compiles the same bodies (body_*.h) for its instruction set. A kernel works on a range of items
+// and knows nothing of threads or Python; within one table the result of an item is the same bits however the
+// range is cut.
+#pragma once
+
+#include <cstdint>
+
+namespace pagemill {
+
+struct bf16 { uint16_t bits; };
+
+// y[m, n] = x w^T + bias. Panels: [ceil(n / 32)][k][32], zero padded; bias padded alike.
+constexpr int kPanel = 32;
+struct LinearArgs {
+    const float* x;
+    int64_t ldx;
+    const float* panels;
+    const float* bias;  // or null
+    float* out;         // rows of n
+    int64_t m, n, k;
+    int64_t row_block, row_blocks;      // rows of an item
+    int64_t panel_group, panels_count;  // panels of an item
+};
+
+template <class T>
+struct NormArgs {
+    const T* x;
+    int64_t ldx;
+    T* residual;  // or null; += x first
+    int64_t ldr;
+    const T* weight;
+    float eps;
+    T* out;
+    int64_t h;
+};
+
+template <class T>
+struct RotaryArgs {
+    T* x;
+    int64_t token_stride, head_stride;
+    const float *cos, *sin;  // [tokens, d / 2]
+    int64_t angle_stride;
+    int64_t heads, kv_heads, d;  // rotates heads + kv_heads; the kv_heads after those are v
+    const int64_t* slots;        // null: no cache
+    T *k_cache, *v_cache;
+    int64_t block_size;
+};
+
+// One item: the rows (query token, head of the group) of `tokens` queries for one kv head.
+template <class T>
+struct AttentionArgs {
+    const T* q;
+    int64_t q_token, q_head;
+    T* out;
+    int64_t out_token, out_head;
+    int64_t tokens, group, d;
+    float scale;
+    int64_t keys;          // visible to the last query
+    int64_t causal_first;  // visible to the first query, one more to each next; or keys everywhere if not causal
+    bool causal;
+    // Paged: blocks of one kv head (block id -> k[d][block_size], v[block_size][d]).
+    const T *k, *v;
+    const int32_t* blocks;  // null: packed rows k[key * k_key + d], v likewise
+    int64_t block_stride, block_size;
+    int64_t k_key, v_key;
+};
+
+template <class T>
+struct TypedKernels {
+    void (*rms_norm)(const NormArgs<T>&, int64_t begin, int64_t end);
+    void (*swiglu)(const T* gate_up, int64_t ld, T* out, int64_t width, int64_t begin, int64_t end);
+    void (*gelu)(const T* x, T* out, int64_t begin, int64_t end);
+    void (*rotary)(const RotaryArgs<T>&, int64_t begin, int64_t end);
+    void (*attention)(const AttentionArgs<T>&);
+};
+
+struct Isa {
+    const char* name;
+    void (*linear)(const LinearArgs&, int64_t begin, int64_t end);
+    void (*greedy)(const float* row, int64_t n, int64_t* token, float* logprob);
+    TypedKernels<float> f32;
+    TypedKernels<bf16> b16;
+
+    const TypedKernels<float>& typed(const float*) const { return f32; }
+    const TypedKernels<bf16>& typed(const bf16*) const { return b16; }
+};
+
+extern const Isa kPortable;
+#if defined(__x86_64__)
+extern const Isa kAvx2, kAvx512;
+#endif
+
+const Isa& isa();
+
+}  // namespace pagemill

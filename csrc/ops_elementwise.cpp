@@ -1,0 +1,149 @@
+// Norms, activations, rotary embedding and greedy choice: checks, and rows spread over threads.
+#include <pybind11/pybind11.h>
+
+#include <algorithm>
+
+#include "array.h"
+#include "isa.h"
+#include "threads.h"
+
+namespace pagemill {
+namespace {
+
+constexpr auto kFloats = {DType::float32, DType::bfloat16};
+constexpr int64_t kGrain = 16384;  // elements of a chunk: some microseconds
+
+int64_t rows_of(int64_t width) { return std::max<int64_t>(1, kGrain / std::max<int64_t>(width, 1)); }
+
+// Calls f with a null pointer of the element type.
+template <class F>
+void by_type(const Array& a, const F& f) {
+    if (a.dtype == DType::float32) f(static_cast<float*>(nullptr));
+    else f(static_cast<bf16*>(nullptr));
+}
+
+void norm(const Array& x, const Array* residual, const Array& weight, float eps, const Array& out) {
+    check(x, "x", kFloats, {kAny, kAny}, Layout::rows);
+    const int64_t m = x.shape[0], h = x.shape[1];
+    if (residual) check(*residual, "residual", {x.dtype}, {m, h}, Layout::rows);
+    check(weight, "weight", {x.dtype}, {h});
+    check(out, "out", {x.dtype}, {m, h});
+    if (!(eps >= 0)) reject("eps", "a number >= 0", std::to_string(eps));
+    by_type(x, [&](auto* t) {
+        using T = std::remove_pointer_t<decltype(t)>;
+        const NormArgs<T> args{x.as<T>(), x.strides[0], residual ? residual->as<T>() : nullptr,
+                               residual ? residual->strides[0] : 0, weight.as<T>(), eps, out.as<T>(), h};
+        const auto& kernels = isa().typed(t);
+        pybind11::gil_scoped_release release;
+        parallel_for(m, rows_of(h), [&](int64_t begin, int64_t end) { kernels.rms_norm(args, begin, end); });
+    });
+}
+
+void rms_norm(const Array& x, const Array& weight, float eps, const Array& out) { norm(x, nullptr, weight, eps, out); }
+
+void add_rms_norm(const Array& x, const Array& residual, const Array& weight, float eps, const Array& out) {
+    norm(x, &residual, weight, eps, out);
+}
+
+void swiglu(const Array& gate_up, const Array& out) {
+    check(gate_up, "gate_up", kFloats, {kAny, kAny}, Layout::rows);
+    const int64_t m = gate_up.shape[0], width = gate_up.shape[1] / 2;
+    if (gate_up.shape[1] % 2) reject("gate_up", "an even number of columns", std::to_string(gate_up.shape[1]));
+    check(out, "out", {gate_up.dtype}, {m, width});
+    by_type(gate_up, [&](auto* t) {
+        using T = std::remove_pointer_t<decltype(t)>;
+        const auto& kernels = isa().typed(t);
+        pybind11::gil_scoped_release release;
+        parallel_for(m, std::max<int64_t>(1, rows_of(width) / 4), [&](int64_t begin, int64_t end) {
+            kernels.swiglu(gate_up.as<T>(), gate_up.strides[0], out.as<T>(), width, begin, end);
+        });
+    });
+}
+
+void gelu(const Array& x, const Array& out) {
+    check(x, "x", kFloats, {kAny, kAny});
+    check(out, "out", {x.dtype}, {x.shape[0], x.shape[1]});
+    by_type(x, [&](auto* t) {
+        using T = std::remove_pointer_t<decltype(t)>;
+        const auto& kernels = isa().typed(t);
+        pybind11::gil_scoped_release release;
+        parallel_for(x.size(), kGrain / 4,
+                     [&](int64_t begin, int64_t end) { kernels.gelu(x.as<T>(), out.as<T>(), begin, end); });
+    });
+}
+
+void check_angles(const Array& cos, const Array& sin, int64_t tokens, int64_t d) {
+    if (d % 2) reject("head_dim", "an even number", std::to_string(d));
+    check(cos, "cos", {DType::float32}, {tokens, d / 2});
+    check(sin, "sin", {DType::float32}, {tokens, d / 2});
+}
+
+template <class T>
+void rotate(const RotaryArgs<T>& args, int64_t tokens) {
+    const auto& kernels = isa().typed(args.x);
+    pybind11::gil_scoped_release release;
+    parallel_for(tokens, rows_of((args.heads + 2 * args.kv_heads) * args.d),
+                 [&](int64_t begin, int64_t end) { kernels.rotary(args, begin, end); });
+}
+
+void rotary(const Array& x, const Array& cos, const Array& sin) {
+    check(x, "x", kFloats, {kAny, kAny, kAny}, Layout::rows);
+    check_angles(cos, sin, x.shape[0], x.shape[2]);
+    by_type(x, [&](auto* t) {
+        using T = std::remove_pointer_t<decltype(t)>;
+        rotate(RotaryArgs<T>{x.as<T>(), x.strides[0], x.strides[1], cos.as<float>(), sin.as<float>(), x.shape[2] / 2,
+                             x.shape[1], 0, x.shape[2], nullptr, nullptr, nullptr, 1},
+               x.shape[0]);
+    });
+}
+
+void rotary_cache(const Array& qkv, const Array& cos, const Array& sin, const Array& slots, const Array& k_cache,
+                  const Array& v_cache, int64_t heads, int64_t kv_heads) {
+    check(k_cache, "k_cache", kFloats, {kAny, kv_heads, kAny, kAny});
+    const int64_t blocks = k_cache.shape[0], d = k_cache.shape[2], block_size = k_cache.shape[3];
+    check(v_cache, "v_cache", {k_cache.dtype}, {blocks, kv_heads, block_size, d});
+    if (heads < 0 || kv_heads < 0) reject("num_heads", "a number >= 0", std::to_string(std::min(heads, kv_heads)));
+    check(qkv, "qkv", {k_cache.dtype}, {kAny, (heads + 2 * kv_heads) * d}, Layout::rows);
+    const int64_t tokens = qkv.shape[0];
+    check_angles(cos, sin, tokens, d);
+    check(slots, "slots", {DType::int64}, {tokens});
+    const int64_t* slot = slots.as<int64_t>();
+    for (int64_t t = 0; t < tokens; ++t)
+        if (slot[t] < -1 || slot[t] >= blocks * block_size)
+            reject("slots", "-1.." + std::to_string(blocks * block_size - 1), std::to_string(slot[t]));
+    by_type(qkv, [&](auto* p) {
+        using T = std::remove_pointer_t<decltype(p)>;
+        rotate(RotaryArgs<T>{qkv.as<T>(), qkv.strides[0], d, cos.as<float>(), sin.as<float>(), d / 2, heads, kv_heads,
+                             d, slot, k_cache.as<T>(), v_cache.as<T>(), block_size},
+               tokens);
+    });
+}
+
+void greedy(const Array& logits, const Array& token, const Array& logprob) {
+    check(logits, "logits", {DType::float32}, {kAny, kAny}, Layout::rows);
+    const int64_t rows = logits.shape[0], n = logits.shape[1];
+    if (n == 0) reject("logits", "at least one column", "0");
+    check(token, "token", {DType::int64}, {rows});
+    check(logprob, "logprob", {DType::float32}, {rows});
+    const Isa& kernels = isa();
+    pybind11::gil_scoped_release release;
+    parallel_for(rows, std::max<int64_t>(1, rows_of(n) / 4), [&](int64_t begin, int64_t end) {
+        for (int64_t row = begin; row < end; ++row)
+            kernels.greedy(logits.as<float>() + row * logits.strides[0], n, token.as<int64_t>() + row,
+                           logprob.as<float>() + row);
+    });
+}
+
+}  // namespace
+
+void bind_elementwise(pybind11::module_& m) {
+    m.def("rms_norm", &rms_norm);
+    m.def("add_rms_norm", &add_rms_norm);
+    m.def("swiglu", &swiglu);
+    m.def("gelu", &gelu);
+    m.def("rotary", &rotary);
+    m.def("rotary_cache", &rotary_cache);
+    m.def("greedy", &greedy);
+}
+
+}  // namespace pagemill

@@ -1,0 +1,32 @@
+// A small persistent thread pool: parallel_for over [0, n) in dynamic chunks.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace pagemill {
+
+// min(CPU affinity, cgroup quota) unless set.
+int num_threads();
+
+// n >= 1 threads from now on, the calling one included; waits for a running loop to end.
+void set_num_threads(int n);
+
+using RangeFn = void (*)(void* context, int64_t begin, int64_t end);
+
+// Calls fn on disjoint ranges of at most `chunk` items that cover [0, n), on the caller and the workers; returns when
+// all are done. Runs inline when it is not worth a wake-up (n <= chunk), or when another thread has the pool. What
+// a range computes must not depend on which thread runs it, nor on how ranges are cut. fn must not throw.
+void parallel_for(int64_t n, int64_t chunk, RangeFn fn, void* context);
+
+template <class F>
+void parallel_for(int64_t n, int64_t chunk, const F& body) {
+    parallel_for(
+        n, chunk, [](void* f, int64_t begin, int64_t end) { (*static_cast<const F*>(f))(begin, end); },
+        const_cast<F*>(&body));
+}
+
+// 64-byte aligned memory of the calling thread, valid until its next call on that thread. Uninitialised.
+float* scratch(size_t floats);
+
+}  // namespace pagemill
