@@ -1,1 +1,101 @@
-"""Kernels: one op, one file, one contract (see ARCHITECTURE.md)."""
+"""Kernels: one op, one file, one contract; the implementation of each is chosen once, by `select`.
+
+Every op takes torch tensors of one compute dtype (float32 or bfloat16) on one device and accumulates in
+float32. A malformed argument raises ValueError naming it; nothing is converted or rerouted silently.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
+
+import torch
+from pagemill.errors import KernelUnavailable
+from pagemill.kernels import activation, attention, linear, norm, rotary, sampling
+from pagemill.kernels.attention import kv_cache_shapes
+from pagemill.kernels.linear import PackedLinear
+from torch import Tensor
+
+__all__ = ["Kernels", "PackedLinear", "kv_cache_shapes", "select"]
+
+
+class LinearOp(Protocol):
+    """`linear(x, packed, out_float32=False)`."""
+
+    def __call__(self, x: Tensor, packed: PackedLinear, *, out_float32: bool = False) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """The chosen implementation of every op; the contracts stand in the module of the same name."""
+
+    pack_linear: Callable[[Tensor, Tensor | None], PackedLinear]
+    linear: LinearOp
+    embed: Callable[[Tensor, PackedLinear], Tensor]
+    rms_norm: Callable[[Tensor, Tensor, float], Tensor]
+    add_rms_norm: Callable[[Tensor, Tensor, Tensor, float], Tensor]
+    swiglu: Callable[[Tensor], Tensor]
+    gelu: Callable[[Tensor], Tensor]
+    rotary: Callable[[Tensor, Tensor, Tensor], None]
+    rotary_cache: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, int, int], Tensor]
+    paged_attention: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float], Tensor]
+    varlen_attention: Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor]
+    greedy: Callable[[Tensor], tuple[Tensor, Tensor]]
+    implementations: Mapping[str, str]
+
+    def describe(self) -> dict[str, str]:
+        """Op name to what runs it, e.g. `{"linear": "native (avx512)", ...}`."""
+        return dict(self.implementations)
+
+
+_OPS = (
+    "linear",
+    "embed",
+    "rms_norm",
+    "add_rms_norm",
+    "swiglu",
+    "gelu",
+    "rotary",
+    "rotary_cache",
+    "paged_attention",
+    "varlen_attention",
+    "greedy",
+)
+
+
+def _reference(dtype: torch.dtype) -> Kernels:
+    return Kernels(
+        pack_linear=partial(linear.pack_reference, dtype=dtype),
+        linear=linear.linear_reference,
+        embed=linear.embed_reference,
+        rms_norm=norm.rms_norm_reference,
+        add_rms_norm=norm.add_rms_norm_reference,
+        swiglu=activation.swiglu_reference,
+        gelu=activation.gelu_reference,
+        rotary=rotary.rotary_reference,
+        rotary_cache=rotary.rotary_cache_reference,
+        paged_attention=attention.paged_attention_reference,
+        varlen_attention=attention.varlen_attention_reference,
+        greedy=sampling.greedy_reference,
+        implementations=dict.fromkeys(_OPS, "reference (torch)"),
+    )
+
+
+def select(kind: str, device: torch.device, dtype: torch.dtype) -> Kernels:
+    """The kernels for tensors of `dtype` on `device`.
+
+    `kind`: "auto" (the fastest that exists), "reference" (torch), "native" (C++, CPU only; ops without a
+    native form for this dtype stay with the reference, as `describe` says) or "triton". Raises
+    KernelUnavailable for what cannot run.
+    """
+    if kind not in ("auto", "reference", "native", "triton"):
+        raise KernelUnavailable(f'kernels={kind!r} is unknown; use "auto", "reference", "native" or "triton"')
+    if dtype not in (torch.float32, torch.bfloat16):
+        raise KernelUnavailable(f"no kernels compute in {dtype}; use torch.float32 or torch.bfloat16")
+    if kind == "triton":
+        raise KernelUnavailable('kernels="triton" is not built into this version; use "auto" or "reference"')
+    if kind == "native":
+        raise KernelUnavailable('kernels="native" is not built into this version; use "auto" or "reference"')
+    return _reference(dtype)

@@ -1,0 +1,37 @@
+"""RMSNorm (Zhang & Sennrich, 2019), alone and fused with the residual addition before it.
+
+`x [M, H]`, `weight [H]`, both float32 or both bfloat16. The mean square and the scaling are float32; the
+scaled row is rounded to x's dtype before it is multiplied by the weight, as in Hugging Face's Qwen2RMSNorm.
+"""
+
+from __future__ import annotations
+
+import torch
+from pagemill.kernels.check import expect, expect_tensor
+from torch import Tensor
+
+__all__ = ["add_rms_norm_reference", "rms_norm_reference"]
+
+_DTYPES = (torch.float32, torch.bfloat16)
+
+
+def _check(x: Tensor, weight: Tensor, eps: float) -> None:
+    expect_tensor("x", x, _DTYPES, (None, None))
+    expect_tensor("weight", weight, x.dtype, (x.shape[1],))
+    expect(eps >= 0, "eps", "a number >= 0", eps)
+
+
+def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """`weight * x / sqrt(mean(x^2) + eps)` row by row: `[M, H]`."""
+    _check(x, weight, eps)
+    wide = x.float()
+    wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return weight * wide.to(x.dtype)
+
+
+def add_rms_norm_reference(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """`residual [M, H] += x` in place (rounded to its dtype), then `rms_norm(residual, weight, eps)`."""
+    _check(x, weight, eps)
+    expect_tensor("residual", residual, x.dtype, tuple(x.shape))
+    residual += x
+    return rms_norm_reference(residual, weight, eps)

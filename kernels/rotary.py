@@ -1,0 +1,84 @@
+"""Rotary position embedding (Su et al., 2021), alone and fused with the KV-cache write.
+
+The pair of dimension i is i + D/2 (rotate-half, the NeoX and Hugging Face convention). Angles come as `cos`
+and `sin` `[T, D/2]` in float32, so that the caller decides what a position is (1-D, 2-D, M-RoPE). The cache
+has the layout of `pagemill.kernels.attention`.
+"""
+
+from __future__ import annotations
+
+import torch
+from pagemill.kernels.check import expect, expect_tensor
+from torch import Tensor
+
+__all__ = ["rotary_cache_reference", "rotary_reference"]
+
+_DTYPES = (torch.float32, torch.bfloat16)
+
+
+def _check_angles(cos: Tensor, sin: Tensor, tokens: int, head_dim: int) -> None:
+    expect(head_dim % 2 == 0, "head_dim", "an even number", head_dim)
+    expect_tensor("cos", cos, torch.float32, (tokens, head_dim // 2))
+    expect_tensor("sin", sin, torch.float32, (tokens, head_dim // 2))
+
+
+def _check_cache(
+    qkv: Tensor, slots: Tensor, k_cache: Tensor, v_cache: Tensor, num_heads: int, num_kv_heads: int
+) -> None:
+    expect_tensor("k_cache", k_cache, _DTYPES, (None, num_kv_heads, None, None))
+    blocks, _, head_dim, block_size = k_cache.shape
+    expect_tensor("v_cache", v_cache, k_cache.dtype, (blocks, num_kv_heads, block_size, head_dim))
+    expect_tensor("qkv", qkv, k_cache.dtype, (None, (num_heads + 2 * num_kv_heads) * head_dim))
+    expect_tensor("slots", slots, torch.int64, (qkv.shape[0],))
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> None:
+    half = x.shape[-1] // 2
+    first, second = x[..., :half].float(), x[..., half:].float()
+    cos, sin = cos[:, None], sin[:, None]
+    x[..., :half] = (first * cos - second * sin).to(x.dtype)
+    x[..., half:] = (second * cos + first * sin).to(x.dtype)
+
+
+def rotary_reference(x: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """Rotate `x [T, H, D]` (float32 or bfloat16, any strides with dense rows) in place."""
+    expect_tensor("x", x, _DTYPES, (None, None, None))
+    _check_angles(cos, sin, x.shape[0], x.shape[2])
+    _rotate(x, cos, sin)
+
+
+def rotary_cache_reference(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    slots: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    num_heads: int,
+    num_kv_heads: int,
+) -> Tensor:
+    """Rotate q and k of `qkv [T, (Hq + 2 Hk) D]`, write k and v into the cache, return q `[T, Hq, D]`.
+
+    Token t goes to the flat slot `slots[t] = block * block_size + offset` (int64 `[T]`); -1 writes nothing.
+    The result is a view of `qkv`; what the rest of `qkv` holds afterwards is unspecified. ValueError for a
+    slot out of range.
+    """
+    _check_cache(qkv, slots, k_cache, v_cache, num_heads, num_kv_heads)
+    blocks, _, head_dim, block_size = k_cache.shape
+    _check_angles(cos, sin, qkv.shape[0], head_dim)
+    if slots.numel():
+        low, high = int(slots.min()), int(slots.max())
+        expect(
+            low >= -1 and high < blocks * block_size,
+            "slots",
+            f"-1..{blocks * block_size - 1}",
+            f"{low}..{high}",
+        )
+    heads = qkv.view(qkv.shape[0], num_heads + 2 * num_kv_heads, head_dim)
+    q, k, v = heads[:, :num_heads], heads[:, num_heads:-num_kv_heads], heads[:, -num_kv_heads:]
+    _rotate(heads[:, : num_heads + num_kv_heads], cos, sin)
+    kept = slots >= 0
+    block, offset = slots[kept] // block_size, slots[kept] % block_size
+    k_cache[block, :, :, offset] = k[kept]
+    v_cache[block, :, offset, :] = v[kept]
+    return q

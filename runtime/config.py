@@ -1,0 +1,59 @@
+"""Engine options: one frozen dataclass, checked when it is made, never changed afterwards."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Literal
+
+from pagemill.errors import ConfigError
+
+KernelChoice = Literal["auto", "reference", "native", "triton"]
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Everything about an engine but its model."""
+
+    device: str = "cpu"
+    dtype: str = "auto"
+    """float32, bfloat16, or auto (the checkpoint's, where the device computes it fast)."""
+    kernels: KernelChoice = "auto"
+    """Which kernel implementations to use; `Engine.describe` tells what was chosen."""
+    max_num_seqs: int = 32
+    """Most pages in the batch at once (concurrency)."""
+    max_step_tokens: int = 2048
+    """Most tokens computed in one step, decoding and prefill chunks together."""
+    max_step_image_tokens: int = 4096
+    """Most image tokens encoded in one step; one larger image is let in alone."""
+    max_model_len: int | None = None
+    """Most tokens of a sequence, prompt included; None takes the model's own limit, at most 32768."""
+    block_size: int = 16
+    """Tokens in one KV block."""
+    kv_cache_bytes: int | None = None
+    """Memory for keys and values, never exceeded; None takes `kv_cache_fraction` of what is free, at most what
+    `max_num_seqs` sequences of full length need."""
+    kv_cache_fraction: float = 0.3
+    prefix_sharing: bool = True
+    """Share the KV blocks of equal prompt beginnings."""
+    prepare_threads: int = min(4, os.cpu_count() or 1)
+    """Threads that decode and patch pages while the model works."""
+    num_threads: int | None = None
+    """Threads of the model's CPU kernels; None takes every core this process may use."""
+
+    def __post_init__(self) -> None:
+        def refuse(name: str, should: str) -> None:
+            raise ConfigError(f"{name} should be {should}, got {getattr(self, name)!r}")
+
+        if self.dtype not in ("auto", "float32", "bfloat16"):
+            refuse("dtype", "auto, float32 or bfloat16")
+        if self.kernels not in ("auto", "reference", "native", "triton"):
+            refuse("kernels", "auto, reference, native or triton")
+        for name in ("max_num_seqs", "max_step_tokens", "max_step_image_tokens", "block_size", "prepare_threads"):
+            if getattr(self, name) < 1:
+                refuse(name, "at least 1")
+        for name in ("max_model_len", "kv_cache_bytes", "num_threads"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                refuse(name, "at least 1")
+        if not 0 < self.kv_cache_fraction <= 1:
+            refuse("kv_cache_fraction", "above 0 and at most 1")

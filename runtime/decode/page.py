@@ -1,0 +1,80 @@
+"""The model's answer to a page's fields, and the published rule for a degenerate page."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import NamedTuple
+
+FIELDS = ("header", "margin", "footer", "text")
+_KEY = re.compile(r'(?:(?<=\{)|(?<=,)|(?<=\n)|(?<=\s))\s*"(header|margin|footer|text)"\s*:\s*')
+_ESCAPE = re.compile(r'\\(u[0-9a-fA-F]{4}|.)', re.DOTALL)
+_ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "b": "\b", "f": "\f"}
+
+
+class PageFields(NamedTuple):
+    """What a page says, by place; None is a field that the model left out or found empty of text."""
+
+    header: str | None
+    margin: str | None
+    footer: str | None
+    text: str | None
+
+
+def parse_page(raw: str) -> PageFields:
+    """Read the model's JSON answer tolerantly: any key order, keys missing or null, and broken JSON.
+
+    Broken JSON (cut by the token cap, a quotation mark not escaped) gives each field up to where the next key begins. Output that
+    is no such JSON at all (a Markdown model) is the page's text.
+    """
+    try:
+        value = json.loads(raw, strict=False)
+    except (ValueError, RecursionError):
+        return _salvage(raw)
+    if not isinstance(value, dict) or not any(name in value for name in FIELDS):
+        return PageFields(None, None, None, raw)
+    return PageFields(*(_as_text(value.get(name)) for name in FIELDS))
+
+
+def is_degenerate(raw: str, finish_reason: str | None) -> bool:
+    """The offline rule of the published evaluation: cut by the cap, and the last 15 characters occur four times."""
+    return finish_reason == "length" and len(raw) >= 15 and raw.count(raw[-15:]) >= 4
+
+
+def _as_text(value: object) -> str | None:
+    if value is None or isinstance(value, str):
+        return value
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _salvage(raw: str) -> PageFields:
+    if not raw.lstrip().startswith("{"):
+        return PageFields(None, None, None, raw)
+    keys = list(_KEY.finditer(raw))
+    found: dict[str, str | None] = {}
+    for key, following in zip(keys, [*keys[1:], None], strict=True):
+        value = raw[key.end() : following.start() + 1 if following else len(raw)].strip()
+        value = value.rstrip(",").rstrip() if following else value
+        if not value.startswith('"'):
+            if key[1] not in found:
+                found[key[1]] = None
+            continue
+        if not following:
+            value = value.removesuffix("}").rstrip()
+        value = value[1:]
+        if value.endswith('"') and not value.endswith('\\"'):
+            value = value[:-1]
+        found.setdefault(key[1], _unescape(value))
+    if not found:
+        return PageFields(None, None, None, raw)
+    return PageFields(*(found.get(name) for name in FIELDS))
+
+
+def _unescape(text: str) -> str:
+    def one(match: re.Match[str]) -> str:
+        code = match[1]
+        return chr(int(code[1:], 16)) if len(code) == 5 else _ESCAPES.get(code, code)
+
+    text = _ESCAPE.sub(one, text)
+    # A pair of \u escapes beyond the basic plane, or half of one where the output was cut.
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

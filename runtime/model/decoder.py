@@ -1,0 +1,115 @@
+"""The decoder of Qwen2.5-VL: tokens and image embeddings to logits, plain arithmetic over the kernels.
+
+Grouped-query attention over a paged KV cache, M-RoPE, RMSNorm, SwiGLU. One call takes one ragged batch: prefill chunks
+and single decode tokens side by side.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pagemill.kernels import Kernels, PackedLinear
+from pagemill.model.config import TextConfig
+from pagemill.model.rope import MRope
+from pagemill.model.weights import Checkpoint
+
+
+@dataclass
+class RaggedBatch:
+    """One step's tokens, flattened over sequences. T tokens, S sequences, L rows that need logits."""
+
+    token_ids: Tensor
+    """int64 `[T]`"""
+    positions: Tensor
+    """int64 `[3, T]`, M-RoPE positions"""
+    max_position: int
+    slots: Tensor
+    """int64 `[T]`, where each token's key and value go: block * block_size + offset"""
+    query_start: Tensor
+    """int32 `[S + 1]`, first row of each sequence"""
+    context_lens: Tensor
+    """int32 `[S]`, tokens in the cache after this step"""
+    block_tables: Tensor
+    """int32 `[S, blocks]`"""
+    logit_rows: Tensor
+    """int64 `[L]`, rows whose next token is wanted"""
+    image_rows: Tensor | None = None
+    """int64 `[I]`, rows that are image placeholders"""
+    image_embeds: Tensor | None = None
+    """`[I, hidden]`, their embeddings"""
+
+
+@dataclass
+class _Layer:
+    attention_norm: Tensor
+    qkv: PackedLinear
+    out: PackedLinear
+    mlp_norm: Tensor
+    gate_up: PackedLinear
+    down: PackedLinear
+
+
+class Decoder:
+    """Weights and forward pass of the decoder."""
+
+    def __init__(
+        self, config: TextConfig, weights: Checkpoint, kernels: Kernels, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        self.config, self.kernels = config, kernels
+
+        def vector(name: str) -> Tensor:
+            return weights.read(f"text.{name}").to(device, dtype, copy=True)
+
+        def linear(layer: int, *names: str, bias: bool = False) -> PackedLinear:
+            full = [f"text.layers.{layer}.{n}_proj" for n in names]
+            b = weights.read_rows([f"{n}.bias" for n in full]) if bias else None
+            return kernels.pack_linear(weights.read_rows([f"{n}.weight" for n in full]).to(device), b)
+
+        self.embed_tokens = kernels.pack_linear(weights.read("text.embed_tokens.weight").to(device), None)
+        self.lm_head = self.embed_tokens
+        if not config.tie_word_embeddings:
+            self.lm_head = kernels.pack_linear(weights.read("lm_head.weight").to(device), None)
+        self.layers = [
+            _Layer(
+                attention_norm=vector(f"layers.{i}.input_layernorm.weight"),
+                qkv=linear(i, "self_attn.q", "self_attn.k", "self_attn.v", bias=True),
+                out=linear(i, "self_attn.o"),
+                mlp_norm=vector(f"layers.{i}.post_attention_layernorm.weight"),
+                gate_up=linear(i, "mlp.gate", "mlp.up"),
+                down=linear(i, "mlp.down"),
+            )
+            for i in range(config.num_layers)
+        ]
+        self.norm = vector("norm.weight")
+        self.rope = MRope(config.head_dim, config.rope_theta, config.mrope_section, device)
+
+    @torch.inference_mode()
+    def __call__(self, batch: RaggedBatch, kv_cache: list[tuple[Tensor, Tensor]]) -> Tensor:
+        """Run one ragged batch, writing keys and values into `kv_cache` (one pair a layer).
+
+        Returns logits, float32 `[L, vocab]`, for `batch.logit_rows`.
+        """
+        k, c = self.kernels, self.config
+        residual = k.embed(batch.token_ids, self.embed_tokens)
+        if batch.image_rows is not None and batch.image_embeds is not None:
+            residual[batch.image_rows] = batch.image_embeds
+        cos, sin = self.rope(batch.positions, batch.max_position)
+        num_tokens, scale = len(residual), c.head_dim**-0.5
+        y = k.rms_norm(residual, self.layers[0].attention_norm, c.rms_norm_eps)
+        for i, layer in enumerate(self.layers):
+            if i:
+                y = k.add_rms_norm(y, residual, layer.attention_norm, c.rms_norm_eps)
+            keys, values = kv_cache[i]
+            qkv = k.linear(y, layer.qkv)
+            q = k.rotary_cache(qkv, cos, sin, batch.slots, keys, values, c.num_heads, c.num_kv_heads)
+            y = k.paged_attention(
+                q, keys, values, batch.block_tables, batch.query_start, batch.context_lens, scale
+            )
+            y = k.linear(y.reshape(num_tokens, c.hidden_size), layer.out)
+            y = k.add_rms_norm(y, residual, layer.mlp_norm, c.rms_norm_eps)
+            y = k.linear(k.swiglu(k.linear(y, layer.gate_up)), layer.down)
+        y = k.add_rms_norm(y[batch.logit_rows], residual[batch.logit_rows], self.norm, c.rms_norm_eps)
+        return k.linear(y, self.lm_head, out_float32=True)

@@ -1,0 +1,87 @@
+"""A name to a checkpoint folder, and a folder to a model that runs."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+import torch
+
+from pagemill.errors import CheckpointError
+from pagemill.kernels import Kernels
+from pagemill.model.config import ModelConfig
+from pagemill.model.decoder import Decoder
+from pagemill.model.vision import VisionTower
+from pagemill.model.weights import Checkpoint
+
+EMBEDDED = "pagemill-tiny"
+_HUB_FILES = ["*.json", "*.safetensors", "*.jinja"]
+
+
+@dataclass
+class Model:
+    """A loaded checkpoint: configuration, vision tower, decoder."""
+
+    config: ModelConfig
+    vision: VisionTower
+    decoder: Decoder
+
+
+def find_checkpoint(name: str) -> Path:
+    """Return the folder of `name`: the embedded model, a folder, or a Hugging Face id (downloaded or cached).
+
+    Downloads respect HF_HOME, HF_TOKEN and HF_HUB_OFFLINE. Raises `CheckpointError` when there is no such model.
+    """
+    if name == EMBEDDED:
+        return Path(str(resources.files("pagemill") / "assets" / EMBEDDED))
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise CheckpointError(f"{name} is a file; give the folder that holds config.json and the weights")
+    if name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise CheckpointError(
+            f"no model {name!r}: not the embedded {EMBEDDED}, not a folder, and not a Hugging Face id (owner/name)"
+        )
+    return _download(name)
+
+
+def _download(repo_id: str) -> Path:
+    from huggingface_hub import snapshot_download  # slow to import, and most runs never need it
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
+
+    try:
+        return Path(snapshot_download(repo_id, allow_patterns=_HUB_FILES))
+    except GatedRepoError:
+        raise CheckpointError(f"{repo_id} is gated: accept its licence on the hub, then set HF_TOKEN") from None
+    except RepositoryNotFoundError:
+        raise CheckpointError(f"{repo_id} is not on the hub, or is private and HF_TOKEN is missing") from None
+    except HFValidationError:
+        raise CheckpointError(f"{repo_id!r} is not a folder here and not a valid Hugging Face id") from None
+    except LocalEntryNotFoundError:
+        offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
+        raise CheckpointError(f"{repo_id} is not in the local cache and the hub cannot be reached{offline}") from None
+    except (HfHubHTTPError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(f"{repo_id} could not be downloaded: {reason}") from None
+
+
+def load_model(
+    folder: Path, config: ModelConfig, kernels: Kernels, device: torch.device, dtype: torch.dtype
+) -> Model:
+    """Read a folder's weights into a model, each tensor once; peak memory is the packed weights plus one matrix."""
+    weights = Checkpoint(folder, config)
+    try:
+        vision = VisionTower(config.vision, weights, kernels, device, dtype)
+        decoder = Decoder(config.text, weights, kernels, device, dtype)
+    finally:
+        weights.close()
+    return Model(config, vision, decoder)

@@ -1,0 +1,148 @@
+"""The vision tower of Qwen2.5-VL (arXiv 2502.13923): patches to image embeddings, plain arithmetic over the kernels.
+
+Most blocks attend inside windows of `window_size` pixels, a few over the whole image; 2-D rotary embedding; a
+merger joins each cell of 2 x 2 patches into one embedding of the decoder's width. Images are packed one after
+another: each attends only to itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pagemill.kernels import Kernels, PackedLinear
+from pagemill.model.config import VisionConfig
+from pagemill.model.rope import Grid, vision_angles
+from pagemill.model.weights import Checkpoint
+
+_NORM_EPS = 1e-6  # fixed in the architecture, not a field of config.json
+
+
+@dataclass
+class _Block:
+    norm1: Tensor
+    qkv: PackedLinear
+    proj: PackedLinear
+    norm2: Tensor
+    gate_up: PackedLinear
+    down: PackedLinear
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """How one image's patches are laid out for window attention."""
+
+    order: Tensor
+    """int64 `[patches]`: patch order grouped by window."""
+    cell_inverse: Tensor
+    """int64 `[cells]`: puts merged cells back into reading order."""
+    window_lengths: tuple[int, ...]
+    frame_lengths: tuple[int, ...]
+    cos: Tensor
+    sin: Tensor
+
+
+class VisionTower:
+    """Weights and forward pass of the tower."""
+
+    def __init__(
+        self, config: VisionConfig, weights: Checkpoint, kernels: Kernels, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        self.config, self.kernels, self.device, self.dtype = config, kernels, device, dtype
+
+        def vector(name: str) -> Tensor:
+            return weights.read(f"vision.{name}").to(device, dtype, copy=True)
+
+        def linear(*names: str, bias: bool = True) -> PackedLinear:
+            weight = weights.read_rows([f"vision.{n}.weight" for n in names])
+            b = weights.read_rows([f"vision.{n}.bias" for n in names]) if bias else None
+            return kernels.pack_linear(weight.flatten(1).to(device), b)
+
+        self.patch_embed = linear("patch_embed.proj", bias=False)
+        self.blocks = [
+            _Block(
+                norm1=vector(f"blocks.{i}.norm1.weight"),
+                qkv=linear(f"blocks.{i}.attn.qkv"),
+                proj=linear(f"blocks.{i}.attn.proj"),
+                norm2=vector(f"blocks.{i}.norm2.weight"),
+                gate_up=linear(f"blocks.{i}.mlp.gate_proj", f"blocks.{i}.mlp.up_proj"),
+                down=linear(f"blocks.{i}.mlp.down_proj"),
+            )
+            for i in range(config.depth)
+        ]
+        self.merger_norm = vector("merger.ln_q.weight")
+        self.merger_in = linear("merger.mlp.0")
+        self.merger_out = linear("merger.mlp.2")
+        self._layout = lru_cache(maxsize=256)(self._make_layout)
+
+    def _make_layout(self, grid: Grid) -> _Layout:
+        c = self.config
+        t, h, w = grid
+        merge, side = c.spatial_merge_size, c.window_cells
+        rows, columns = h // merge, w // merge
+        cells = np.arange(t * rows * columns).reshape(t, rows, columns)
+        windows = [
+            cells[frame, r : r + side, col : col + side].reshape(-1)
+            for frame in range(t)
+            for r in range(0, rows, side)
+            for col in range(0, columns, side)
+        ]
+        order = np.concatenate(windows)
+        unit = merge * merge
+        patches = torch.from_numpy((order[:, None] * unit + np.arange(unit)).reshape(-1)).to(self.device)
+        angles = vision_angles(grid, merge, c.head_dim, c.rope_theta).to(self.device)[patches]
+        return _Layout(
+            order=patches,
+            cell_inverse=torch.from_numpy(np.argsort(order)).to(self.device),
+            window_lengths=tuple(len(window) * unit for window in windows),
+            frame_lengths=(h * w,) * t,
+            cos=angles.cos(),
+            sin=angles.sin(),
+        )
+
+    def _offsets(self, lengths: Sequence[int]) -> Tensor:
+        return torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)).to(self.device)
+
+    @torch.inference_mode()
+    def __call__(self, images: Sequence[tuple[Tensor, Grid]]) -> list[Tensor]:
+        """Encode images, each given as patches `[t*h*w, patch_dim]` and its grid.
+
+        Returns for each image its embeddings `[t*h*w / merge**2, out_hidden_size]` in reading order.
+        """
+        k, c = self.kernels, self.config
+        layouts = [self._layout(grid) for _, grid in images]
+        x = torch.cat(
+            [
+                p.to(self.device, self.dtype)[layout.order]
+                for (p, _), layout in zip(images, layouts, strict=True)
+            ]
+        )
+        cos = torch.cat([layout.cos for layout in layouts])
+        sin = torch.cat([layout.sin for layout in layouts])
+        windows = self._offsets([n for layout in layouts for n in layout.window_lengths])
+        frames = self._offsets([n for layout in layouts for n in layout.frame_lengths])
+        scale = c.head_dim**-0.5
+
+        residual = k.linear(x, self.patch_embed)
+        y = k.rms_norm(residual, self.blocks[0].norm1, _NORM_EPS)
+        for i, block in enumerate(self.blocks):
+            if i:
+                y = k.add_rms_norm(y, residual, block.norm1, _NORM_EPS)
+            qkv = k.linear(y, block.qkv).view(len(x), 3, c.num_heads, c.head_dim)
+            k.rotary(qkv[:, :2].view(len(x), 2 * c.num_heads, c.head_dim), cos, sin)
+            offsets = frames if i in c.full_attention_blocks else windows
+            y = k.varlen_attention(qkv[:, 0], qkv[:, 1], qkv[:, 2], offsets, scale)
+            y = k.linear(y.reshape(len(x), c.hidden_size), block.proj)
+            y = k.add_rms_norm(y, residual, block.norm2, _NORM_EPS)
+            y = k.linear(k.swiglu(k.linear(y, block.gate_up)), block.down)
+        y = k.add_rms_norm(y, residual, self.merger_norm, _NORM_EPS)
+        y = y.view(len(x) // c.spatial_merge_size**2, -1)
+        y = k.linear(k.gelu(k.linear(y, self.merger_in)), self.merger_out)
+
+        sizes = [len(layout.cell_inverse) for layout in layouts]
+        return [part[layout.cell_inverse] for part, layout in zip(y.split(sizes), layouts, strict=True)]

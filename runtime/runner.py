@@ -1,0 +1,141 @@
+"""Executes a step plan: encodes its images, lays the batch out as flat arrays, calls the model, samples."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from pagemill.cache import ImageCache
+from pagemill.decode.sampler import sample
+from pagemill.model.decoder import RaggedBatch
+from pagemill.model.loader import Model
+from pagemill.scheduler import StepPlan
+from pagemill.sequence import Sequence, SequenceImage
+
+
+def block_bytes(model_layers: int, num_kv_heads: int, head_dim: int, block_size: int, dtype: torch.dtype) -> int:
+    """Bytes that one KV block takes over all layers, keys and values."""
+    return 2 * model_layers * num_kv_heads * head_dim * block_size * dtype.itemsize
+
+
+class Runner:
+    """Owns the KV cache tensors and the block-table array of running sequences."""
+
+    def __init__(
+        self,
+        model: Model,
+        images: ImageCache[Tensor],
+        *,
+        num_blocks: int,
+        block_size: int,
+        max_num_seqs: int,
+        max_model_len: int,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        self.model, self.images, self.device = model, images, device
+        self.block_size = block_size
+        text, kernels = model.config.text, model.decoder.kernels
+        k_shape, v_shape = kernels.kv_cache_shapes(num_blocks, text.num_kv_heads, text.head_dim, block_size)
+        # Zero pages are given by the system at first write: an oversized budget costs no memory until it is used.
+        self.kv_cache = [
+            (torch.zeros(k_shape, dtype=dtype, device=device), torch.zeros(v_shape, dtype=dtype, device=device))
+            for _ in range(text.num_layers)
+        ]
+        self._block_tables = np.zeros((max_num_seqs, -(-max_model_len // block_size)), dtype=np.int32)
+
+    def execute(self, plan: StepPlan) -> tuple[list[int], list[float]]:
+        """Run one step. Returns a token and its log-probability for each sequence whose last token was computed."""
+        self._encode(plan.encode)
+        for source, destination in plan.copies:
+            for keys, values in self.kv_cache:
+                keys[destination] = keys[source]
+                values[destination] = values[source]
+        if not plan.work:
+            return [], []
+        batch, wanting = self._lay_out(plan)
+        logits = self.model.decoder(batch, self.kv_cache)
+        return sample(
+            logits,
+            [seq.sampling for seq in wanting],
+            [seq.token_ids for seq in wanting],
+            self.model.decoder.kernels.greedy,
+        )
+
+    def _encode(self, encode: list[tuple[Sequence, SequenceImage]]) -> None:
+        if not encode:
+            return
+        started = time.perf_counter()
+        embeddings = self.model.vision([(torch.from_numpy(image.patches), image.grid) for _, image in encode])
+        seconds = time.perf_counter() - started
+        patches = sum(len(image.patches) for _, image in encode)
+        for (seq, image), embedding in zip(encode, embeddings, strict=True):
+            self.images.put(image.digest, embedding)
+            seq.timeline.vision += seconds * len(image.patches) / patches
+
+    def _lay_out(self, plan: StepPlan) -> tuple[RaggedBatch, list[Sequence]]:
+        """Flatten the plan's work. Per-token arrays are built from per-sequence ones without a Python loop over tokens."""
+        work, block_size = plan.work, self.block_size
+        counts = np.fromiter((n for _, n in work), dtype=np.int64, count=len(work))
+        starts = np.fromiter((seq.num_computed for seq, _ in work), dtype=np.int64, count=len(work))
+        deltas = np.fromiter((seq.position_delta for seq, _ in work), dtype=np.int64, count=len(work))
+        rows = np.fromiter((seq.row for seq, _ in work), dtype=np.int64, count=len(work))
+        query_start = np.zeros(len(work) + 1, dtype=np.int64)
+        np.cumsum(counts, out=query_start[1:])
+
+        token_ids: list[int] = []
+        logit_rows: list[int] = []
+        wanting: list[Sequence] = []
+        prefills: list[tuple[int, Sequence, int]] = []
+        for first, (seq, n) in zip(query_start.tolist(), work, strict=False):
+            start, total = seq.num_computed, len(seq.token_ids)
+            if n == 1:
+                token_ids.append(seq.token_ids[start])
+            else:
+                token_ids += seq.token_ids[start : start + n]
+            if start + n == total:
+                logit_rows.append(first + n - 1)
+                wanting.append(seq)
+            if start < seq.num_prompt:
+                prefills.append((first, seq, n))
+            if seq.num_synced != len(seq.block_table):
+                new = seq.block_table[seq.num_synced :]
+                self._block_tables[seq.row, seq.num_synced : seq.num_synced + len(new)] = new
+                seq.num_synced = len(seq.block_table)
+
+        of_sequence = np.repeat(np.arange(len(work)), counts)
+        index = np.arange(query_start[-1]) - (query_start[:-1] - starts)[of_sequence]
+        slots = self._block_tables[rows[of_sequence], index // block_size].astype(np.int64) * block_size
+        slots += index % block_size
+        positions = np.empty((3, len(index)), dtype=np.int64)
+        positions[:] = index + deltas[of_sequence]
+        image_rows: list[npt.NDArray[np.int64]] = []
+        image_embeds: list[Tensor] = []
+        for first, seq, n in prefills:
+            start = seq.num_computed
+            end = min(start + n, seq.num_prompt)
+            positions[:, first : first + end - start] = seq.positions[:, start:end]
+            for image in seq.images:
+                low, high = max(image.start, start), min(image.end, end)
+                if low < high:
+                    image_rows.append(np.arange(low, high) - start + first)
+                    image_embeds.append(self.images.get(image.digest)[low - image.start : high - image.start])
+
+        width = -(-int((starts + counts).max()) // block_size)
+        device = self.device
+        return RaggedBatch(
+            token_ids=torch.tensor(token_ids, dtype=torch.int64, device=device),
+            positions=torch.from_numpy(positions).to(device),
+            max_position=int(positions.max()),
+            slots=torch.from_numpy(slots).to(device),
+            query_start=torch.from_numpy(query_start.astype(np.int32)).to(device),
+            context_lens=torch.from_numpy((starts + counts).astype(np.int32)).to(device),
+            block_tables=torch.from_numpy(self._block_tables[rows, :width]).to(device),
+            logit_rows=torch.tensor(logit_rows, dtype=torch.int64, device=device),
+            image_rows=torch.from_numpy(np.concatenate(image_rows)).to(device) if image_rows else None,
+            image_embeds=torch.cat(image_embeds) if image_embeds else None,
+        ), wanting
