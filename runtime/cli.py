@@ -10,9 +10,8 @@ import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from enum import Enum
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -42,35 +41,22 @@ app = typer.Typer(
 _stderr = Console(stderr=True)
 
 
-class _Format(str, Enum):
-    jsonl = "jsonl"
-    json = "json"
-    md = "md"
-    txt = "txt"
-
-
-class _Device(str, Enum):
-    cpu = "cpu"
-    cuda = "cuda"
-
-
-class _DType(str, Enum):
-    auto = "auto"
-    bfloat16 = "bfloat16"
-    float32 = "float32"
-
-
-class _Quantization(str, Enum):
-    int8 = "int8"
-    int4 = "int4"
-
+_Device = Literal["cpu", "cuda"]
+_DType = Literal["auto", "bfloat16", "float32"]
 
 _Model = Annotated[
     str,
-    typer.Option("--model", "-m", metavar="NAME|DIR|ID", help="pagemill-tiny (embedded), a folder, or a Hugging Face id."),
+    typer.Option(
+        "--model",
+        "-m",
+        metavar="NAME|DIR|ID",
+        help="pagemill-tiny (embedded), a folder, or a Hugging Face id.",
+    ),
 ]
 _DeviceOption = Annotated[_Device, typer.Option("--device", help="Where the model runs.")]
-_DTypeOption = Annotated[_DType, typer.Option("--dtype", help="Arithmetic; auto is what the checkpoint is stored in.")]
+_DTypeOption = Annotated[
+    _DType, typer.Option("--dtype", help="Arithmetic; auto is what the checkpoint is stored in.")
+]
 _Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
@@ -105,7 +91,7 @@ def read(
         str, typer.Option("-o", "--output", metavar="OUT", help="File to write; - is standard output.")
     ] = "-",
     format: Annotated[
-        _Format | None,
+        Literal["jsonl", "json", "md", "txt"] | None,
         typer.Option("--format", help="By default what the suffix of OUT says; jsonl for standard output."),
     ] = None,
     resume: Annotated[
@@ -117,27 +103,32 @@ def read(
     ] = None,
     dpi: Annotated[
         float | None,
-        typer.Option("--dpi", min=1, max=2400, metavar="N", help="PDF rendering; by default what the model likes."),
+        typer.Option(
+            "--dpi", min=1, max=2400, metavar="N", help="PDF rendering; by default what the model likes."
+        ),
     ] = None,
-    device: _DeviceOption = _Device.cpu,
-    dtype: _DTypeOption = _DType.auto,
+    device: _DeviceOption = "cpu",
+    dtype: _DTypeOption = "auto",
     quantize: Annotated[
-        _Quantization | None, typer.Option("--quantize", help="Quantise the weights (not supported yet).")
+        Literal["int8", "int4"] | None,
+        typer.Option("--quantize", help="Quantise the weights (not supported yet)."),
     ] = None,
     concurrency: Annotated[
         int | None, typer.Option("--concurrency", min=1, metavar="N", help="Pages in the model at a time.")
     ] = None,
     kv_cache_gb: Annotated[
-        float | None, typer.Option("--kv-cache-gb", min=0, metavar="X", help="Memory for the KV cache, in GB.")
+        float | None,
+        typer.Option("--kv-cache-gb", min=0, metavar="X", help="Memory for the KV cache, in GB."),
     ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no summary.")] = False,
     debug: _Debug = False,
 ) -> None:
     """Read pages and write one record a page.
 
-    A record is on disk before its page counts as done. A run that was stopped, even by kill -9, goes on with
-    --resume: no page is lost or written twice. One bad page never takes the others down. A file that is named
-    twice is read once.
+    A record is on disk before its page counts as done.
+    A run that was stopped, even by kill -9, goes on with --resume:
+    no page is lost or written twice.
+    One bad page never takes the others down. A file named twice is read once.
 
     [bold]Examples[/]
 
@@ -147,14 +138,14 @@ def read(
 
         pagemill read scans/ contract.pdf -o pages.jsonl --resume
 
-        pagemill read "inbox/*.pdf" -o inbox.md --model ./checkpoint --dtype bfloat16
+        pagemill read "inbox/*.pdf" -o inbox.md --model ./checkpoint
 
         pagemill read book.pdf --format txt | less
     """
     with _sentences(debug):
         if quantize is not None:
             raise ConfigError(
-                f"--quantize {quantize.value} is not supported yet: leave it out to run the checkpoint as it is."
+                f"--quantize {quantize} is not supported yet: leave it out to run the checkpoint as it is."
             )
         # Here and below: what is slow to import waits until it is needed, so that --help is instant.
         from pagemill.jobs import list_inputs, open_output, run
@@ -163,7 +154,7 @@ def read(
         found = list_inputs(inputs)
         if found.repeated and not quiet:
             _say(f"{found.repeated} of the inputs name a file a second time: each file is read once.")
-        with open_output(output, format and format.value, resume=resume, overwrite=overwrite) as target:
+        with open_output(output, format, resume=resume, overwrite=overwrite) as target:
             already = target.statuses.total()
             if already and not quiet:
                 _say(f"{already} pages are in {target.name} already.")
@@ -190,8 +181,8 @@ def read(
 @app.command()
 def describe(
     model: _Model = "pagemill-tiny",
-    device: _DeviceOption = _Device.cpu,
-    dtype: _DTypeOption = _DType.auto,
+    device: _DeviceOption = "cpu",
+    dtype: _DTypeOption = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, also on a terminal.")] = False,
     debug: _Debug = False,
 ) -> None:
@@ -233,9 +224,7 @@ def _load(
         options["max_num_seqs"] = concurrency
     if kv_cache_gb is not None:
         options["kv_cache_bytes"] = int(kv_cache_gb * 1e9)
-    return Engine.from_pretrained(
-        model, device=device.value, dtype=None if dtype is _DType.auto else dtype.value, **options
-    )
+    return Engine.from_pretrained(model, device=device, dtype=None if dtype == "auto" else dtype, **options)
 
 
 @contextmanager
@@ -258,7 +247,10 @@ def _sentences(debug: bool) -> Iterator[None]:
         if debug:
             traceback.print_exc()
         hint = "" if debug else " (--debug shows where)"
-        _say(f"[red]error:[/] {escape(f'{type(error).__name__}: {error}')}; this is a bug in pagemill{hint}.", markup=True)
+        _say(
+            f"[red]error:[/] {escape(f'{type(error).__name__}: {error}')}; this is a bug in pagemill{hint}.",
+            markup=True,
+        )
         raise typer.Exit(EXIT_BUG) from None
 
 

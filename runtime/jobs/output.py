@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import Literal, cast, get_args
+from typing import Literal, get_args
 
 from pagemill.errors import ConfigError, OutputError
 from pagemill.jobs.documents import RENDERERS, write_atomically
@@ -33,7 +33,7 @@ def infer_format(output: str | None) -> Format:
         raise ConfigError(
             f"{output}: the suffix names no format, so give one with --format {'|'.join(FORMATS)}."
         )
-    return cast(Format, suffix)
+    return suffix
 
 
 class Output(ABC):

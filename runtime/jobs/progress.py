@@ -19,8 +19,8 @@ _SECONDS_BETWEEN_LINES = 10.0
 class ProgressReport:
     """Context manager that shows `Totals` as they grow.
 
-    Pages are counted in the background while the first ones are read, so that a folder of a thousand PDF files
-    starts at once; until all are counted the number known so far carries a `+` and there is no ETA.
+    Pages are counted in the background while the first ones are read, so that a folder of a thousand PDF
+    files starts at once; until all are counted the number known so far carries a `+` and there is no ETA.
     """
 
     def __init__(self, console: Console, inputs: Inputs, *, already: int, live: bool) -> None:
@@ -94,14 +94,17 @@ def summary(totals: Totals, output: str) -> str:
     """Return what a finished run did, in a few lines."""
     counts = totals.statuses
     lines = [
-        f"{totals.pages} pages: {counts['ok']} ok, {counts['degenerate']} degenerate, {counts['error']} failed"
+        f"{totals.pages} pages: "
+        f"{counts['ok']} ok, {counts['degenerate']} degenerate, {counts['error']} failed"
         f" · {duration(totals.seconds)} · {rates(totals)} → {output}"
     ]
     lines += [f"  failed: {page.source}, page {page.page}: {page.error}" for page in totals.failures]
     if (more := counts["error"] - len(totals.failures)) > 0:
         lines.append(f"  and {more} more: their records say why.")
     if totals.earlier["error"]:
-        lines.append(f"  {totals.earlier['error']} pages had failed in an earlier run and were not read again.")
+        lines.append(
+            f"  {totals.earlier['error']} pages had failed in an earlier run and were not read again."
+        )
     return "\n".join(lines)
 
 
