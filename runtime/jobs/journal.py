@@ -76,7 +76,7 @@ class Journal:
             OutputError: another run has it; it holds records and neither `resume` nor `overwrite` is set; it
                 holds something else than records (with `resume`); the system refuses.
         """
-        existed = path.exists()
+        existed = os.path.exists(path)
         journal = cls(path, _open_locked(path), created=not existed)
         try:
             if resume:
@@ -94,8 +94,11 @@ class Journal:
     @classmethod
     def temporary(cls) -> Journal:
         """Open a journal without a name, for results that go to a stream once they are all there."""
-        with tempfile.TemporaryFile(prefix="pagemill-") as file:
-            return cls(Path(file.name), os.dup(file.fileno()), created=False)
+        try:
+            with tempfile.TemporaryFile(prefix="pagemill-") as file:
+                return cls(Path(tempfile.gettempdir()), os.dup(file.fileno()), created=False)
+        except OSError as error:
+            raise cannot_write("a temporary file", error) from error
 
     def _scan(self) -> None:
         with os.fdopen(os.dup(self.fd), "rb") as file:
@@ -183,7 +186,7 @@ def _open_locked(path: Path) -> int:
                 raise OutputError(f"{path} is not a regular file.")
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # The run that held the lock may have removed the file between our open and our lock.
-            if path.exists() and os.path.samestat(os.fstat(fd), os.stat(path)):
+            if os.path.exists(path) and os.path.samestat(os.fstat(fd), os.stat(path)):
                 return fd
         except OSError as error:
             os.close(fd)

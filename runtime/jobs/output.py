@@ -83,7 +83,7 @@ class FileOutput(Output):
         if format != "jsonl":
             journal = path.with_name(path.name + ".journal.jsonl")
             # With a journal beside it, the file is the earlier version that --overwrite was to replace.
-            if not overwrite and not journal.exists() and path.exists() and path.stat().st_size > 0:
+            if not (overwrite or os.path.exists(journal)) and os.path.exists(path) and path.stat().st_size:
                 raise OutputError(
                     f"{path} is already there and no unfinished run belongs to it: "
                     "use --overwrite to replace it, or write to another file."
@@ -184,9 +184,9 @@ def open_output(
         except OSError as error:
             raise cannot_write("standard output", error) from error
     path = Path(os.path.realpath(output))
-    if path.is_dir():
+    if os.path.isdir(path):
         raise OutputError(f"{output} is a folder: name a file in it.")
-    if path.exists() and not path.is_file():
+    if os.path.exists(path) and not os.path.isfile(path):
         if resume:
             raise ConfigError(f"--resume needs a regular file to go on with, and {output} is none.")
         try:
