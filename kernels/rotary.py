@@ -36,8 +36,9 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> None:
     half = x.shape[-1] // 2
     first, second = x[..., :half].float(), x[..., half:].float()
     cos, sin = cos[:, None], sin[:, None]
-    x[..., :half] = (first * cos - second * sin).to(x.dtype)
+    rotated = first * cos - second * sin  # both halves before either is overwritten: in float32 they are views
     x[..., half:] = (second * cos + first * sin).to(x.dtype)
+    x[..., :half] = rotated.to(x.dtype)
 
 
 def rotary_reference(x: Tensor, cos: Tensor, sin: Tensor) -> None:

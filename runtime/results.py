@@ -89,7 +89,8 @@ class RequestOutput:
     request_id: str
     text: str
     token_ids: list[int]
-    finish_reason: FinishReason
+    finish_reason: FinishReason | None
+    """None while the request is still running."""
     tokens: TokenCounts
     seconds: Seconds
     logprobs: list[float] | None = None

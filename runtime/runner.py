@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pagemill.cache import ImageCache
 from pagemill.decode.sampler import sample
+from pagemill.kernels import kv_cache_shapes
 from pagemill.model.decoder import RaggedBatch
 from pagemill.model.loader import Model
 from pagemill.scheduler import StepPlan
@@ -39,8 +40,8 @@ class Runner:
     ) -> None:
         self.model, self.images, self.device = model, images, device
         self.block_size = block_size
-        text, kernels = model.config.text, model.decoder.kernels
-        k_shape, v_shape = kernels.kv_cache_shapes(num_blocks, text.num_kv_heads, text.head_dim, block_size)
+        text = model.config.text
+        k_shape, v_shape = kv_cache_shapes(num_blocks, text.num_kv_heads, text.head_dim, block_size)
         # Zero pages are given by the system at first write: an oversized budget costs no memory until it is used.
         self.kv_cache = [
             (torch.zeros(k_shape, dtype=dtype, device=device), torch.zeros(v_shape, dtype=dtype, device=device))

@@ -7,7 +7,7 @@ import re
 from typing import NamedTuple
 
 FIELDS = ("header", "margin", "footer", "text")
-_KEY = re.compile(r'(?:(?<=\{)|(?<=,)|(?<=\n)|(?<=\s))\s*"(header|margin|footer|text)"\s*:\s*')
+_KEY = re.compile(r'(?<=[{,\s])"(header|margin|footer|text)"\s*:\s*')
 _ESCAPE = re.compile(r'\\(u[0-9a-fA-F]{4}|.)', re.DOTALL)
 _ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "b": "\b", "f": "\f"}
 
@@ -51,22 +51,20 @@ def _salvage(raw: str) -> PageFields:
     if not raw.lstrip().startswith("{"):
         return PageFields(None, None, None, raw)
     keys = list(_KEY.finditer(raw))
-    found: dict[str, str | None] = {}
-    for key, following in zip(keys, [*keys[1:], None], strict=True):
-        value = raw[key.end() : following.start() + 1 if following else len(raw)].strip()
-        value = value.rstrip(",").rstrip() if following else value
-        if not value.startswith('"'):
-            if key[1] not in found:
-                found[key[1]] = None
-            continue
-        if not following:
-            value = value.removesuffix("}").rstrip()
-        value = value[1:]
-        if value.endswith('"') and not value.endswith('\\"'):
-            value = value[:-1]
-        found.setdefault(key[1], _unescape(value))
-    if not found:
+    if not keys:
         return PageFields(None, None, None, raw)
+    ends = [key.start() for key in keys[1:]] + [len(raw)]
+    found: dict[str, str | None] = {}
+    for key, end in zip(keys, ends, strict=True):
+        value = raw[key.end() : end].strip()
+        value = value.removesuffix("}" if end == len(raw) else ",").rstrip()
+        if value.startswith('"'):
+            value = value[1:]
+            if value.endswith('"') and not value.endswith('\\"'):
+                value = value[:-1]
+            found.setdefault(key[1], _unescape(value))
+        else:
+            found.setdefault(key[1], None)
     return PageFields(*(found.get(name) for name in FIELDS))
 
 

@@ -73,7 +73,7 @@ class MRope:
         `max_position`.
         """
         self._grow(max_position + 1)
-        rows = positions[self._axis].T
+        rows = positions[self._axis].T.contiguous()
         return self._cos[rows, self._frequency], self._sin[rows, self._frequency]
 
 

@@ -185,7 +185,7 @@ class Checkpoint:
         return tensor
 
     def read_rows(self, names: list[str]) -> Tensor:
-        """Return the rows of several tensors in one, for matrices that the model multiplies together."""
+        """Return the rows of one or more tensors in a new one: matrices that the model multiplies together are one."""
         return torch.cat([self.read(name) for name in names])
 
     def close(self) -> None:

@@ -1,0 +1,469 @@
+"""The public engine: pages and requests in, results out.
+
+One thread drives the core; page preparation runs in worker threads beside it; callers wait on queues. Any number of
+callers may use one engine at once: their requests share the batch.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Container, Iterator
+from collections.abc import Sequence as SequenceOf
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from pagemill import kernels
+from pagemill.config import EngineConfig
+from pagemill.core import EngineCore, TokenizedPrompt
+from pagemill.decode.page import is_degenerate, parse_page
+from pagemill.decode.sampler import SamplingParams
+from pagemill.errors import ConfigError, PagemillError, RequestError
+from pagemill.model.config import read_config
+from pagemill.model.loader import find_checkpoint, load_model
+from pagemill.model.prompt import Prompter, page_messages, read_profile
+from pagemill.pages.preprocess import ImageProcessor, PreparedImage
+from pagemill.pages.source import PageRef, expand_inputs, list_pages, load_page
+from pagemill.results import PageResult, RequestOutput, Seconds, TokenCounts
+from pagemill.sequence import Sequence
+
+Image = npt.NDArray[np.uint8] | PreparedImage | str
+"""RGB pixels uint8 `[H, W, 3]`, an image prepared already, or the path of an image file (its first page)."""
+
+
+@dataclass
+class Request:
+    """One prompt with its images, for `Engine.generate` and `Engine.stream`."""
+
+    prompt: str | SequenceOf[int] | SequenceOf[dict[str, Any]]
+    """Text with an image placeholder for each image, token ids likewise, or chat messages for the model's template."""
+    images: SequenceOf[Image] = ()
+    params: SamplingParams | None = None
+    """Overrides the parameters given to the call."""
+    priority: int = 0
+    """Lower is served first."""
+    request_id: str = ""
+
+
+@dataclass(eq=False)
+class _Call:
+    """One caller's requests, so that they can be cancelled together."""
+
+    cancelled: bool = False
+    live: set[Sequence] = field(default_factory=set)
+
+
+@dataclass(eq=False)
+class _Ticket:
+    """One request inside the engine and who is told of it, from the engine's thread."""
+
+    call: _Call
+    on_end: Callable[[Sequence | None, str | None], None]
+    """Called once, with the sequence (None if it was refused) and an error (None if there was none)."""
+    on_token: Callable[[Sequence], None] | None = None
+
+
+class Engine:
+    """Reads pages with one model on one device. Use it as a context manager, or call `close`."""
+
+    def __init__(
+        self,
+        core: EngineCore,
+        processor: ImageProcessor,
+        *,
+        model: str,
+        page_prompt: str,
+        dpi: float,
+        max_new_tokens: int,
+        load_seconds: float,
+    ) -> None:
+        self.core, self.processor, self.model = core, processor, model
+        self.page_prompt, self.dpi, self.max_new_tokens = page_prompt, dpi, max_new_tokens
+        self.load_seconds = load_seconds
+        self._pool = ThreadPoolExecutor(core.config.prepare_threads, thread_name_prefix="pagemill-prepare")
+        self._tickets: dict[Sequence, _Ticket] = {}
+        self._inbox: list[Callable[[], None]] = []
+        self._wake = threading.Condition()
+        self._closed = False
+        self._thread = threading.Thread(target=self._run, name="pagemill-engine", daemon=True)
+        self._thread.start()
+
+    @classmethod
+    def from_pretrained(cls, name: str = "pagemill-tiny", **options: Any) -> Engine:
+        """Load a model: the embedded `pagemill-tiny`, a folder, or a Hugging Face id.
+
+        `options` are the fields of `EngineConfig` (device, dtype, kernels, max_num_seqs, kv_cache_bytes ...). Raises
+        `CheckpointError`, `ConfigError` or `KernelUnavailable`, one sentence each.
+        """
+        known = EngineConfig.__dataclass_fields__
+        if unknown := sorted(set(options) - set(known)):
+            raise ConfigError(f"unknown engine option {', '.join(unknown)}; known are {', '.join(known)}")
+        config = EngineConfig(**options)
+        started = time.perf_counter()
+        device = _device(config.device)
+        folder = find_checkpoint(name)
+        model_config = read_config(folder)
+        dtype = _dtype(config.dtype, model_config.dtype, device)
+        if config.num_threads is not None:
+            torch.set_num_threads(config.num_threads)
+        profile = read_profile(folder, name)
+        prompter = Prompter(folder, model_config.text.vocab_size, model_config.image_token_id)
+        page_prompt = prompter.render(page_messages(profile))
+        processor = ImageProcessor.from_folder(folder)
+        model = load_model(folder, model_config, kernels.select(config.kernels, device, dtype), device, dtype)
+        return cls(
+            EngineCore(model, prompter, config, dtype),
+            processor,
+            model=name,
+            page_prompt=page_prompt,
+            dpi=profile.dpi,
+            max_new_tokens=profile.max_new_tokens,
+            load_seconds=time.perf_counter() - started,
+        )
+
+    def read(
+        self,
+        inputs: str | SequenceOf[str],
+        *,
+        params: SamplingParams | None = None,
+        dpi: float | None = None,
+        skip: Container[tuple[str, int]] = (),
+    ) -> Iterator[PageResult]:
+        """Read the pages of image files, PDFs, folders and globs, lazily, yielding each as it is finished.
+
+        A page in `skip`, as (source, page), is not read. A file or page that cannot be read gives a result with status
+        "error" and never stops the others. Leaving the iterator early cancels what is still running.
+        """
+        params = params or SamplingParams()
+        pages = self._pages(expand_inputs([inputs] if isinstance(inputs, str) else list(inputs)), skip)
+        results: queue.SimpleQueue[PageResult] = queue.SimpleQueue()
+        call = _Call()
+        # Enough prepared pages that a free place in the batch never waits, few enough that memory stays bounded.
+        most = self.core.config.max_num_seqs + 2 * self.core.config.prepare_threads
+        pending = 0
+        try:
+            while True:
+                while pending < most and (page := next(pages, None)) is not None:
+                    pending += 1
+                    if isinstance(page, PageResult):
+                        results.put(page)
+                    else:
+                        self._pool.submit(self._read_page, page, params, dpi or self.dpi, call, results.put)
+                if not pending:
+                    return
+                yield results.get()
+                pending -= 1
+        finally:
+            self._cancel(call)
+
+    def generate(
+        self, requests: SequenceOf[Request], params: SamplingParams | None = None
+    ) -> list[RequestOutput]:
+        """Answer requests, in their order. One that cannot be served has finish reason "error" and its reason in `error`."""
+        call = _Call()
+        done: queue.SimpleQueue[tuple[int, RequestOutput]] = queue.SimpleQueue()
+        try:
+            for i, request in enumerate(requests):
+                self._pool.submit(self._prepare_request, request, params, call, None, lambda o, i=i: done.put((i, o)))
+            outputs = dict(done.get() for _ in requests)
+        finally:
+            self._cancel(call)
+        return [outputs[i] for i in range(len(requests))]
+
+    async def stream(self, request: Request, params: SamplingParams | None = None) -> AsyncIterator[RequestOutput]:
+        """Answer one request as it grows: yields the output so far, the last one with its finish reason.
+
+        A slow reader misses intermediate states, never the last. Leaving the iterator cancels the request.
+        """
+        loop = asyncio.get_running_loop()
+        arrived = asyncio.Event()
+        latest: list[RequestOutput] = []
+        call = _Call()
+
+        def deliver(output: RequestOutput) -> None:
+            def on_loop() -> None:
+                latest[:] = [output]
+                arrived.set()
+
+            loop.call_soon_threadsafe(on_loop)
+
+        self._pool.submit(self._prepare_request, request, params, call, deliver, deliver)
+        try:
+            while True:
+                await arrived.wait()
+                arrived.clear()
+                output = latest[0]
+                yield output
+                if output.finish_reason is not None:
+                    return
+        finally:
+            self._cancel(call)
+
+    def describe(self) -> dict[str, Any]:
+        """What this engine is: model, dtype, the kernels in use, and its budgets."""
+        core, text = self.core, self.core.model.config.text
+        block_size = core.blocks.block_size
+        return {
+            "model": self.model,
+            "device": str(core.model.vision.device),
+            "dtype": str(core.model.vision.dtype).removeprefix("torch."),
+            "kernels": core.model.decoder.kernels.describe(),
+            "layers": text.num_layers,
+            "vocabulary": text.vocab_size,
+            "max_model_len": core.max_model_len,
+            "max_num_seqs": core.config.max_num_seqs,
+            "max_step_tokens": core.config.max_step_tokens,
+            "kv_cache_bytes": core.kv_cache_bytes,
+            "kv_cache_blocks": core.blocks.num_blocks,
+            "kv_block_size": block_size,
+            "kv_cache_tokens": core.blocks.num_blocks * block_size,
+            "prefix_sharing": core.blocks.prefix_sharing,
+            "page_dpi": self.dpi,
+            "max_new_tokens": self.max_new_tokens,
+            "load_seconds": round(self.load_seconds, 3),
+        }
+
+    def close(self) -> None:
+        """Cancel what runs and end the engine's threads."""
+        with self._wake:
+            self._closed = True
+            self._wake.notify()
+        self._thread.join()
+        self._pool.shutdown(cancel_futures=True)
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # Worker threads: pages and requests become queued sequences.
+
+    def _pages(self, sources: list[str], skip: Container[tuple[str, int]]) -> Iterator[PageRef | PageResult]:
+        for source in sources:
+            try:
+                for ref in list_pages(source):
+                    if (ref.source, ref.page) not in skip:
+                        yield ref
+            except PagemillError as error:
+                if (source, 1) not in skip:
+                    yield self._failed_page(source, 1, str(error))
+
+    def _failed_page(self, source: str, page: int, error: str, prepare: float = 0.0) -> PageResult:
+        seconds = Seconds(prepare=prepare)
+        return PageResult(source, page, "error", finish_reason="error", seconds=seconds, model=self.model, error=error)
+
+    def _read_page(
+        self, ref: PageRef, params: SamplingParams, dpi: float, call: _Call, deliver: Callable[[PageResult], None]
+    ) -> None:
+        """Prepare one page and queue it; whatever happens, exactly one result is delivered."""
+        started = time.perf_counter()
+        prepare = 0.0
+
+        def on_end(seq: Sequence | None, error: str | None) -> None:
+            if seq is None or error is not None:
+                deliver(self._failed_page(ref.source, ref.page, error or "cancelled", prepare))
+            else:
+                deliver(self._page_result(ref, seq, prepare))
+
+        try:
+            if call.cancelled:
+                raise RequestError("cancelled")
+            prompt = self.core.tokenize(self.page_prompt, [self.processor.prepare(load_page(ref, dpi))])
+            prepare = time.perf_counter() - started
+            self._submit(prompt, params, 0, _Ticket(call, on_end))
+        except Exception as error:  # one page's surprise must not cost another page
+            on_end(None, _sentence(error))
+
+    def _page_result(self, ref: PageRef, seq: Sequence, prepare: float) -> PageResult:
+        raw = self.core.text_of(seq)
+        reason = seq.finish_reason or "error"
+        fields = parse_page(raw)
+        return PageResult(
+            source=ref.source,
+            page=ref.page,
+            status="degenerate" if is_degenerate(raw, reason) else "ok",
+            header=fields.header,
+            margin=fields.margin,
+            footer=fields.footer,
+            text=fields.text,
+            finish_reason=reason,
+            tokens=_tokens(seq),
+            seconds=_seconds(seq, prepare),
+            model=self.model,
+            raw=raw,
+        )
+
+    def _prepare_request(
+        self,
+        request: Request,
+        params: SamplingParams | None,
+        call: _Call,
+        on_output: Callable[[RequestOutput], None] | None,
+        deliver: Callable[[RequestOutput], None],
+    ) -> None:
+        """Prepare one request and queue it; whatever happens, `deliver` gets exactly one final output."""
+        started = time.perf_counter()
+        prepare = 0.0
+
+        def output(seq: Sequence) -> RequestOutput:
+            return RequestOutput(
+                request_id=request.request_id,
+                text=self.core.text_of(seq),
+                token_ids=seq.output_ids,
+                finish_reason=seq.finish_reason,
+                tokens=_tokens(seq),
+                seconds=_seconds(seq, prepare),
+                logprobs=list(seq.logprobs) if seq.params.logprobs else None,
+            )
+
+        def on_end(seq: Sequence | None, error: str | None) -> None:
+            if seq is None or error is not None:
+                failed = RequestOutput(request.request_id, "", [], "error", TokenCounts(), Seconds(), error=error)
+                deliver(failed)
+            else:
+                deliver(output(seq))
+
+        try:
+            images = [self._prepare_image(image) for image in request.images]
+            prompt: str | list[int]
+            if isinstance(request.prompt, str):
+                prompt = request.prompt
+            elif request.prompt and isinstance(request.prompt[0], dict):
+                prompt = self.core.prompter.render(request.prompt)  # type: ignore[arg-type]
+            else:
+                prompt = list(request.prompt)  # type: ignore[arg-type]
+            tokenized = self.core.tokenize(prompt, images)
+            prepare = time.perf_counter() - started
+            on_token = None if on_output is None else lambda seq: on_output(output(seq))
+            ticket = _Ticket(call, on_end, on_token)
+            self._submit(tokenized, request.params or params or SamplingParams(), request.priority, ticket)
+        except Exception as error:
+            on_end(None, _sentence(error))
+
+    def _prepare_image(self, image: Image) -> PreparedImage:
+        if isinstance(image, PreparedImage):
+            return image
+        if isinstance(image, str):
+            image = load_page(next(list_pages(image)), self.dpi)
+        return self.processor.prepare(image)
+
+    # The engine's thread: everything that touches the core.
+
+    def _post(self, command: Callable[[], None]) -> None:
+        with self._wake:
+            self._inbox.append(command)
+            self._wake.notify()
+
+    def _submit(self, prompt: TokenizedPrompt, params: SamplingParams, priority: int, ticket: _Ticket) -> None:
+        def command() -> None:
+            if ticket.call.cancelled or self._closed:
+                ticket.on_end(None, "cancelled")
+                return
+            try:
+                seq = self.core.add(prompt, params, self.max_new_tokens, priority)
+            except RequestError as error:
+                ticket.on_end(None, str(error))
+                return
+            self._tickets[seq] = ticket
+            ticket.call.live.add(seq)
+
+        self._post(command)
+
+    def _cancel(self, call: _Call) -> None:
+        call.cancelled = True
+
+        def command() -> None:
+            for seq in list(call.live):
+                self.core.cancel(seq)
+                self._end(seq, None)
+
+        self._post(command)
+
+    def _end(self, seq: Sequence, error: str | None) -> None:
+        ticket = self._tickets.pop(seq)
+        ticket.call.live.discard(seq)
+        if error is None and seq.finish_reason == "error":
+            error = "the model computed values that are not finite numbers; try float32, or check the checkpoint"
+        ticket.on_end(seq, error)
+
+    def _run(self) -> None:
+        while True:
+            with self._wake:
+                while not (self._inbox or self._closed or self.core.scheduler.has_work):
+                    self._wake.wait()
+                commands, self._inbox = self._inbox, []
+            for command in commands:
+                command()
+            if self._closed:
+                for seq in list(self._tickets):
+                    self.core.cancel(seq)
+                    self._end(seq, None)
+                return
+            if self.core.scheduler.has_work:
+                self._step()
+
+    def _step(self) -> None:
+        try:
+            advanced, finished = self.core.step()
+        except Exception as error:
+            # The step's sequences cannot be trusted any more; the engine can, once they have given back what they held.
+            reason = f"the engine failed on this batch: {_sentence(error)}"
+            for seq in list(self._tickets):
+                self.core.cancel(seq)
+                self._end(seq, reason)
+            return
+        for seq in advanced:
+            if seq.finish_reason is None and (on_token := self._tickets[seq].on_token) is not None:
+                on_token(seq)
+        for seq in finished:
+            self._end(seq, None)
+
+
+def _sentence(error: Exception) -> str:
+    return str(error) if isinstance(error, PagemillError) else f"{type(error).__name__}: {error}"
+
+
+def _tokens(seq: Sequence) -> TokenCounts:
+    return TokenCounts(seq.num_image_tokens, seq.num_prompt, len(seq.token_ids) - seq.num_prompt)
+
+
+def _seconds(seq: Sequence, prepare: float) -> Seconds:
+    t = seq.timeline
+    end = t.finished if t.finished is not None else time.perf_counter()
+    scheduled = t.scheduled if t.scheduled is not None else end
+    first = t.first_token if t.first_token is not None else end
+    return Seconds(
+        queued=scheduled - t.arrived,
+        prepare=prepare,
+        vision=t.vision,
+        prefill=max(first - scheduled - t.vision, 0.0),
+        decode=end - first,
+    )
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"device should be cpu or cuda (or cuda:N), got {name!r}") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device should be cpu or cuda (or cuda:N), got {name!r}")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device cuda was asked for, but torch sees no CUDA device (driver missing, or a CPU build)")
+    return device
+
+
+def _dtype(asked: str, stored: str, device: torch.device) -> torch.dtype:
+    if asked != "auto":
+        return torch.float32 if asked == "float32" else torch.bfloat16
+    if device.type == "cuda":
+        return torch.float32 if stored == "float32" else torch.bfloat16
+    return torch.float32
