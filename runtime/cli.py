@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from pagemill import __version__
 from pagemill.errors import ConfigError, PagemillError
 
 if TYPE_CHECKING:
@@ -62,9 +63,7 @@ _Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an 
 
 def _version(wanted: bool) -> None:
     if wanted:
-        from importlib.metadata import version
-
-        print(f"pagemill {version('pagemill')}")
+        print(f"pagemill {__version__}")
         raise typer.Exit
 
 
@@ -224,7 +223,7 @@ def _load(
         options["max_num_seqs"] = concurrency
     if kv_cache_gb is not None:
         options["kv_cache_bytes"] = int(kv_cache_gb * 1e9)
-    return Engine.from_pretrained(model, device=device, dtype=None if dtype == "auto" else dtype, **options)
+    return Engine.from_pretrained(model, device=device, dtype=dtype, **options)
 
 
 @contextmanager
