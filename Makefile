@@ -36,7 +36,7 @@ clean:
 # again, and so does a change of the C++ sources; a change inside a Python file does not.
 $(INSTALLED): .venv/.created build/.files pyproject.toml setup.py requirements-dev.txt $(wildcard csrc/*)
 	@echo "installing pagemill and what it needs into .venv"
-	@$(PY) -m pip install -q -c requirements-dev.txt setuptools pybind11
+	@$(PY) -m pip install -q -c requirements-dev.txt 'setuptools>=77' 'pybind11>=2.13'
 	@$(PY) -m pip install -q -c requirements-dev.txt --no-build-isolation \
 		--config-settings editable_mode=strict -e ".[dev]"
 	@touch $@

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePath
 
@@ -73,17 +73,17 @@ def list_inputs(inputs: Sequence[str]) -> Inputs:
     return Inputs(list(sources.values()), list(unreadable.values()), ranks, repeated=found - len(ranks))
 
 
-def count_pages(inputs: Inputs, report: Callable[[int, bool], None]) -> None:
-    """Count pages without reading them; calls `report(pages_so_far, complete)` now and then.
+def count_pages(inputs: Inputs) -> Iterator[tuple[int, bool]]:
+    """Count pages without reading them; yields `(pages_so_far, complete)` after each file that took time.
 
     Images count as one page by their suffix alone; PDF and TIFF files are opened for their page count.
     """
     several = [name for name in inputs.sources if PurePath(name).suffix.lower() in _MANY_PAGES]
     pages = len(inputs.sources) - len(several) + len(inputs.unreadable)
-    report(pages, not several)
+    yield pages, not several
     for index, name in enumerate(several, start=1):
         try:
             pages += sum(1 for _ in list_pages(name))
         except PageError:
             pages += 1  # an unreadable file is one error record
-        report(pages, index == len(several))
+        yield pages, index == len(several)

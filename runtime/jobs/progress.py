@@ -43,7 +43,10 @@ class ProgressReport:
                 transient=True,
             )
             self._task = self._bar.add_task("", total=None, state="")
-        self._counter = threading.Thread(target=count_pages, args=(inputs, self._count), daemon=True)
+        self._stopped = False
+        self._counter = threading.Thread(
+            target=self._count, args=(inputs,), name="pagemill-count", daemon=True
+        )
 
     def __enter__(self) -> ProgressReport:
         if self._bar is not None:
@@ -54,6 +57,8 @@ class ProgressReport:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._stopped = True
+        self._counter.join()  # pdfium must not be at work when the interpreter takes it down
         if self._bar is not None:
             self._bar.stop()
 
@@ -66,10 +71,12 @@ class ProgressReport:
             self._last_line = time.monotonic()
             self._console.print(self._state(), highlight=False, soft_wrap=True)
 
-    def _count(self, pages: int, complete: bool) -> None:
-        self._known, self._complete = pages, complete
-        if self._bar is not None:
-            self._refresh()
+    def _count(self, inputs: Inputs) -> None:
+        for self._known, self._complete in count_pages(inputs):
+            if self._bar is not None:
+                self._refresh()
+            if self._stopped:
+                return
 
     def _refresh(self) -> None:
         assert self._bar is not None

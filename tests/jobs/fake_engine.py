@@ -1,7 +1,8 @@
 """An engine that reads nothing: what a page yields stands in its file's name.
 
 `a_p3.png` has three pages; names with `bad` fail, names with `loop` degenerate. Pages finish out of order.
-`FAKE_DELAY` (seconds a page) and `FAKE_RAISE` (name of the page source at which the engine breaks) steer it.
+`FAKE_DELAY` (seconds a page), `FAKE_CLOSE` (seconds to close) and `FAKE_RAISE` (the source at which the
+engine breaks) steer it.
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ class Engine:
         yield from reversed(waiting)
 
     def close(self) -> None:
-        pass
+        time.sleep(float(os.environ.get("FAKE_CLOSE", "0")))
 
     def __enter__(self) -> Engine:
         return self

@@ -185,14 +185,15 @@ def test_ctrl_c_keeps_finished_pages_and_tells_how_to_go_on(tmp_path: Path, suff
 
 
 def test_second_ctrl_c_leaves_at_once(tmp_path: Path) -> None:
-    names = scans(tmp_path, files=1, pages=3)
-    # A pipe that nobody reads from: winding up waits for the writer, which waits for the pipe.
-    process = start("read", *names, "-o", "-", cwd=tmp_path, FAKE_DELAY="60")
-    time.sleep(1.0)
+    names = scans(tmp_path, files=10, pages=9)
+    process = start("read", *names, cwd=tmp_path, FAKE_DELAY="0.3", FAKE_CLOSE="60")
+    assert process.stdout is not None
+    assert process.stdout.readline()  # a page is finished: the run is under way
     process.send_signal(signal.SIGINT)
+    assert process.stderr is not None
+    assert b"interrupted" in process.stderr.readline()
     process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=10) == 130
-    finish(process)
+    assert process.wait(timeout=20) == 130
 
 
 def test_closed_pipe_ends_quietly(tmp_path: Path) -> None:

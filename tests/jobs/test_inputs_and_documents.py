@@ -74,10 +74,9 @@ def test_missing_input_is_not_recorded_again_on_resume() -> None:
 
 def test_pages_are_counted_without_opening_images() -> None:
     touch("a.png", "b.png", "corrupt.pdf")
-    reports: list[tuple[int, bool]] = []
-    count_pages(list_inputs(["a.png", "b.png", "corrupt.pdf"]), lambda *report: reports.append(report))
-    assert reports[0] == (2, False)
-    assert reports[-1] == (3, True)
+    found = list_inputs(["a.png", "b.png", "corrupt.pdf"])
+    assert list(count_pages(found)) == [(2, False), (3, True)]
+    assert list(count_pages(list_inputs(["a.png"]))) == [(1, True)]
 
 
 @pytest.mark.parametrize(
