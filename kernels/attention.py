@@ -12,10 +12,11 @@ from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
-from pagemill import _native
-from pagemill.kernels.check import expect, expect_tensor
 from torch import Tensor
 from torch.utils.dlpack import to_dlpack as dl
+
+from pagemill import _native
+from pagemill.kernels.check import expect, expect_tensor
 
 __all__ = [
     "kv_cache_shapes",
