@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol
 
+import pagemill._native as _native
 import torch
-from pagemill import _native
 from pagemill.errors import KernelUnavailable
 from pagemill.kernels import activation, attention, linear, norm, rotary, sampling
 from pagemill.kernels.attention import kv_cache_shapes

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import pagemill._native as _native
 import torch
 import torch.nn.functional as F
-from pagemill import _native
 from pagemill.kernels.check import expect, expect_tensor
+from pagemill.kernels.dlpack import dl
 from torch import Tensor
-from torch.utils.dlpack import to_dlpack as dl
 
 __all__ = [
     "PackedLinear",

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import pagemill._native as _native
 import torch
-from pagemill import _native
 from pagemill.kernels.check import expect, expect_tensor
+from pagemill.kernels.dlpack import dl
 from torch import Tensor
-from torch.utils.dlpack import to_dlpack as dl
 
 __all__ = ["greedy_native", "greedy_reference"]
 
