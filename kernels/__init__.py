@@ -11,10 +11,14 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol
 
+import pagemill._native as _native
 import torch
+<<<<<<< HEAD
 from torch import Tensor
 
 from pagemill import _native
+=======
+>>>>>>> kernels
 from pagemill.errors import KernelUnavailable
 from pagemill.kernels import activation, attention, linear, norm, rotary, sampling
 from pagemill.kernels.attention import kv_cache_shapes

@@ -6,9 +6,14 @@ scaled row is rounded to x's dtype before it is multiplied by the weight, as in 
 
 from __future__ import annotations
 
+import pagemill._native as _native
 import torch
+<<<<<<< HEAD
+=======
+from pagemill.kernels.check import expect, expect_tensor
+from pagemill.kernels.dlpack import dl
+>>>>>>> kernels
 from torch import Tensor
-from torch.utils.dlpack import to_dlpack as dl
 
 from pagemill import _native
 from pagemill.kernels.check import expect, expect_tensor
