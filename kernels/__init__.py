@@ -11,14 +11,10 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol
 
-import pagemill._native as _native
 import torch
-<<<<<<< HEAD
 from torch import Tensor
 
-from pagemill import _native
-=======
->>>>>>> kernels
+import pagemill._native as _native
 from pagemill.errors import KernelUnavailable
 from pagemill.kernels import activation, attention, linear, norm, rotary, sampling
 from pagemill.kernels.attention import kv_cache_shapes

@@ -8,18 +8,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import pagemill._native as _native
 import torch
 import torch.nn.functional as F
-<<<<<<< HEAD
-=======
-from pagemill.kernels.check import expect, expect_tensor
-from pagemill.kernels.dlpack import dl
->>>>>>> kernels
 from torch import Tensor
 
-from pagemill import _native
+import pagemill._native as _native
 from pagemill.kernels.check import expect, expect_tensor
+from pagemill.kernels.dlpack import dl
 
 __all__ = [
     "PackedLinear",

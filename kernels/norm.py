@@ -6,17 +6,12 @@ scaled row is rounded to x's dtype before it is multiplied by the weight, as in 
 
 from __future__ import annotations
 
-import pagemill._native as _native
 import torch
-<<<<<<< HEAD
-=======
-from pagemill.kernels.check import expect, expect_tensor
-from pagemill.kernels.dlpack import dl
->>>>>>> kernels
 from torch import Tensor
 
-from pagemill import _native
+import pagemill._native as _native
 from pagemill.kernels.check import expect, expect_tensor
+from pagemill.kernels.dlpack import dl
 
 __all__ = ["add_rms_norm_native", "add_rms_norm_reference", "rms_norm_native", "rms_norm_reference"]
 

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import pagemill._native as _native
 import torch
-<<<<<<< HEAD
-=======
-from pagemill.kernels.check import expect, expect_tensor
-from pagemill.kernels.dlpack import dl
->>>>>>> kernels
 from torch import Tensor
 
-from pagemill import _native
+import pagemill._native as _native
 from pagemill.kernels.check import expect, expect_tensor
+from pagemill.kernels.dlpack import dl
 
 __all__ = ["greedy_native", "greedy_reference"]
 
