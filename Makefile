@@ -7,7 +7,7 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 INSTALLED := build/.installed
-SAMPLES := bench/pages/prose_0[0-3].png bench/pages/legal_1[2-5].png bench/pages/form_2[4-7].png bench/pages/*.pdf
+SAMPLES := bench/pages/*.png bench/pages/*.pdf
 
 .PHONY: demo test lint bench clean FORCE
 

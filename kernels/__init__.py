@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from pagemill import _native
+import pagemill._native as _native
 from pagemill.errors import KernelUnavailable
 from pagemill.kernels import activation, attention, linear, norm, rotary, sampling
 from pagemill.kernels.attention import kv_cache_shapes

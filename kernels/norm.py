@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.utils.dlpack import to_dlpack as dl
 
-from pagemill import _native
+import pagemill._native as _native
 from pagemill.kernels.check import expect, expect_tensor
+from pagemill.kernels.dlpack import dl
 
 __all__ = ["add_rms_norm_native", "add_rms_norm_reference", "rms_norm_native", "rms_norm_reference"]
 

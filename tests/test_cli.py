@@ -71,8 +71,8 @@ def test_failed_page_is_named_and_takes_no_other_down(folder: Path) -> None:
     code, _, err = pagemill("read", "bad.png", "b.png", "missing.png", "-o", "out.jsonl", cwd=folder)
     assert code == 1
     assert err.startswith("3 pages: 1 ok, 0 degenerate, 2 failed")
-    assert "  failed: bad.png, page 1: bad.png, page 1: cannot be decoded\n" in err
-    assert "  failed: missing.png, page 1: missing.png" in err
+    assert "  failed: bad.png, page 1: cannot be decoded\n" in err
+    assert "  failed: missing.png" in err
     assert len((folder / "out.jsonl").read_text().splitlines()) == 3
     code, _, err = pagemill(
         "read", "bad.png", "b.png", "missing.png", "-o", "out.jsonl", "--resume", cwd=folder

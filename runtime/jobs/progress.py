@@ -14,6 +14,7 @@ from pagemill.jobs.inputs import Inputs, count_pages
 from pagemill.results import PageResult
 
 _SECONDS_BETWEEN_LINES = 10.0
+_PAGES_BEFORE_ETA = 8  # the first pages of a batch finish together, late: their rate says little
 
 
 class ProgressReport:
@@ -90,7 +91,7 @@ class ProgressReport:
         totals = self._totals
         done = self._already + totals.pages
         parts = [f"{done}/{max(self._known, done)}{'' if self._complete else '+'} pages", rates(totals)]
-        if self._complete and totals.pages and done < self._known:
+        if self._complete and totals.pages >= _PAGES_BEFORE_ETA and done < self._known:
             left = (self._known - done) * totals.seconds / totals.pages
             parts.append(f"ETA {duration(left)}")
         parts += [f"{totals.statuses['degenerate']} degenerate", f"{totals.statuses['error']} failed"]
@@ -101,11 +102,11 @@ def summary(totals: Totals, output: str) -> str:
     """Return what a finished run did, in a few lines."""
     counts = totals.statuses
     lines = [
-        f"{totals.pages} pages: "
+        f"{totals.pages} page{'' if totals.pages == 1 else 's'}: "
         f"{counts['ok']} ok, {counts['degenerate']} degenerate, {counts['error']} failed"
         f" · {duration(totals.seconds)} · {rates(totals)} → {output}"
     ]
-    lines += [f"  failed: {page.source}, page {page.page}: {page.error}" for page in totals.failures]
+    lines += [f"  failed: {_naming(page)}" for page in totals.failures]
     if (more := counts["error"] - len(totals.failures)) > 0:
         lines.append(f"  and {more} more: their records say why.")
     if totals.earlier["error"]:
@@ -113,6 +114,12 @@ def summary(totals: Totals, output: str) -> str:
             f"  {totals.earlier['error']} pages had failed in an earlier run and were not read again."
         )
     return "\n".join(lines)
+
+
+def _naming(page: PageResult) -> str:
+    """Return a page's error; most of them name the file already."""
+    error = page.error or "unknown"
+    return error if error.startswith(page.source) else f"{page.source}, page {page.page}: {error}"
 
 
 def rates(totals: Totals) -> str:
@@ -124,7 +131,9 @@ def rates(totals: Totals) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Return seconds as `42 s`, `3:07 min` or `2:05 h`."""
+    """Return seconds as `4.2 s`, `42 s`, `3:07 min` or `2:05 h`."""
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"
