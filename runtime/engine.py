@@ -158,7 +158,7 @@ class Engine:
                     if isinstance(page, PageResult):
                         results.put(page)
                     else:
-                        self._pool.submit(self._read_page, page, params, dpi or self.dpi, call, results.put)
+                        self._start(self._read_page, page, params, dpi or self.dpi, call, results.put)
                 if not pending:
                     return
                 yield results.get()
@@ -175,7 +175,7 @@ class Engine:
         try:
             for i, request in enumerate(requests):
                 deliver = partial(_put_numbered, done, i)
-                self._pool.submit(self._prepare_request, request, params, call, None, deliver)
+                self._start(self._prepare_request, request, params, call, None, deliver)
             outputs = dict(done.get() for _ in requests)
         finally:
             self._cancel(call)
@@ -201,7 +201,7 @@ class Engine:
             with suppress(RuntimeError):  # the caller's loop has ended, and with it all interest
                 loop.call_soon_threadsafe(on_loop)
 
-        self._pool.submit(self._prepare_request, request, params, call, deliver, deliver)
+        self._start(self._prepare_request, request, params, call, deliver, deliver)
         try:
             while True:
                 await arrived.wait()
@@ -243,7 +243,7 @@ class Engine:
             self._closed = True
             self._wake.notify()
         self._thread.join()
-        self._pool.shutdown(cancel_futures=True)
+        self._pool.shutdown()  # what is queued there finds the engine closed and says so
 
     def __enter__(self) -> Engine:
         return self
@@ -252,6 +252,16 @@ class Engine:
         self.close()
 
     # Worker threads: pages and requests become queued sequences.
+
+    def _start(self, task: Callable[..., None], *args: object) -> None:
+        with suppress(RuntimeError):  # raised when the pool is shut down
+            self._pool.submit(task, *args)
+            return
+        task(*args)  # the task finds the engine closed and says so
+
+    def _check_open(self, call: _Call) -> None:
+        if call.cancelled or self._closed:
+            raise RequestError("cancelled" if call.cancelled else "the engine is closed")
 
     def _pages(self, sources: list[str], skip: Container[tuple[str, int]]) -> Iterator[PageRef | PageResult]:
         for source in sources:
@@ -290,8 +300,7 @@ class Engine:
                 deliver(self._page_result(ref, seq, prepare))
 
         try:
-            if call.cancelled:
-                raise RequestError("cancelled")
+            self._check_open(call)
             prompt = self.core.tokenize(self.page_prompt, [self.processor.prepare(load_page(ref, dpi))])
             prepare = time.perf_counter() - started
             self._submit(prompt, params, 0, _Ticket(call, on_end))
@@ -350,6 +359,7 @@ class Engine:
                 deliver(output(seq))
 
         try:
+            self._check_open(call)
             images = [self._prepare_image(image) for image in request.images]
             prompt: str | list[int]
             if isinstance(request.prompt, str):
@@ -387,10 +397,8 @@ class Engine:
         self, prompt: TokenizedPrompt, params: SamplingParams, priority: int, ticket: _Ticket
     ) -> None:
         def command() -> None:
-            if ticket.call.cancelled or self._closed:
-                ticket.on_end(None, "cancelled" if ticket.call.cancelled else "the engine is closed")
-                return
             try:
+                self._check_open(ticket.call)
                 seq = self.core.add(prompt, params, self.max_new_tokens, priority)
             except RequestError as error:
                 ticket.on_end(None, str(error))
