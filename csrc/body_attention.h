@@ -2,7 +2,9 @@
 // al. 2022). Keys are taken in tiles at fixed absolute positions and a masked key adds exactly nothing, so that a
 // query's bits depend neither on the other queries of its tile, nor on chunking, nor on where blocks lie.
 
-constexpr int kKeys = 64;  // of a tile
+constexpr int kKeys = 64;                  // of a tile
+constexpr int kMaxBlocks = 256 / kColumns;  // column blocks of a tile of scores, or of head_dim <= 256
+static_assert(kKeys / kColumns <= kMaxBlocks);
 
 // dst[i] = float(src[i])
 template <class T>
@@ -70,6 +72,20 @@ PM_KERNEL void stage_packed(const AttentionArgs<T>& p, int64_t first, int64_t co
     }
 }
 
+// Whether a full tile can be read where it lies in the cache: float32, and no column block of keys or values is cut.
+template <class T>
+PM_INLINE bool reads_in_place(const AttentionArgs<T>& p) {
+    return sizeof(T) == 4 && p.blocks && p.block_size % kColumns == 0 && p.d % kColumns == 0;
+}
+PM_INLINE const float* keys_at(const AttentionArgs<float>& p, int64_t key) {
+    return p.k + p.blocks[key / p.block_size] * p.block_stride + key % p.block_size;
+}
+PM_INLINE const float* values_at(const AttentionArgs<float>& p, int64_t key) {
+    return p.v + p.blocks[key / p.block_size] * p.block_stride + key % p.block_size * p.d;
+}
+PM_INLINE const float* keys_at(const AttentionArgs<bf16>&, int64_t) { return nullptr; }
+PM_INLINE const float* values_at(const AttentionArgs<bf16>&, int64_t) { return nullptr; }
+
 // One tile of scores for one row: s becomes the weights, the running maximum and lane sums move on, the output so
 // far is rescaled. `valid` >= 1 keys of `width` columns are visible.
 PM_INLINE void soften(float* s, int64_t valid, int64_t width, float& maximum, float* lanes, float* out, int64_t ldv) {
@@ -119,27 +135,40 @@ PM_KERNEL void attention(const AttentionArgs<T>& p) {
     }
     clear(out, rows * ldv);
     clear(lanes, rows * W);
-    const float *k_blocks[kKeys / kColumns], *v_blocks[256 / kColumns + 1];
-    for (int j = 0; j < kKeys / kColumns; ++j) k_blocks[j] = kt + j * kColumns;
-    for (int j = 0; j < ldv / kColumns; ++j) v_blocks[j] = vt + j * kColumns;
+    const bool fits = reads_in_place(p);
 
     for (int64_t first = 0; first < p.keys; first += kKeys) {
         const int64_t count = p.keys - first < kKeys ? p.keys - first : kKeys;
-        if (p.blocks) stage_paged(p, first, count, kt, vt, ldv);
-        else stage_packed(p, first, count, kt, vt, ldv);
+        const bool in_place = fits && count == kKeys;
+        if (!in_place) {
+            if (p.blocks) stage_paged(p, first, count, kt, vt, ldv);
+            else stage_packed(p, first, count, kt, vt, ldv);
+        }
         // Query token i sees causal_first + i keys: the tokens before `begin` see none of this tile.
         int64_t begin = 0;
         if (p.causal && first >= p.causal_first) begin = (first - p.causal_first + 1) * p.group;
         const int64_t left = rows - begin;
         float* sb = s + begin * kAStride;
         const int blocks = static_cast<int>((count + kColumns - 1) / kColumns);
-        gemm(left, q + begin * kAStride, k_blocks, blocks, kKeys, p.d, sb, kAStride, false);
+        const float* at[kMaxBlocks];
+        for (int j = 0; j < blocks; ++j) at[j] = in_place ? keys_at(p, first + j * kColumns) : kt + j * kColumns;
+        gemm(left, q + begin * kAStride, at, blocks, in_place ? p.block_size : kKeys, p.d, sb, kAStride, false);
         for (int64_t r = begin; r < rows; ++r) {
             const int64_t visible = (p.causal ? p.causal_first + r / p.group : p.keys) - first;
             soften(s + r * kAStride, visible < count ? visible : count, blocks * kColumns, maxima[r], lanes + r * W,
                    out + r * ldv, ldv);
         }
-        gemm(left, sb, v_blocks, static_cast<int>(ldv / kColumns), ldv, count, out + begin * ldv, ldv, true);
+        // Values of consecutive keys lie together as far as their block goes, or all of them where they were staged.
+        for (int64_t j = 0, run; j < count; j += run) {
+            run = count - j;
+            if (in_place) {
+                const int64_t rest = p.block_size - (first + j) % p.block_size;
+                run = rest < run ? rest : run;
+            }
+            const float* values = in_place ? values_at(p, first + j) : vt;
+            for (int i = 0; i < ldv / kColumns; ++i) at[i] = values + i * kColumns;
+            gemm(left, sb + j, at, static_cast<int>(ldv / kColumns), ldv, run, out + begin * ldv, ldv, true);
+        }
     }
     for (int64_t r = 0; r < rows; ++r) {
         T* to = p.out + r / p.group * p.out_token + r % p.group * p.out_head;

@@ -112,9 +112,13 @@ PM_INLINE float sum(V v) {
 }
 
 PM_INLINE float highest(V v) {
+#if defined(PM_AVX512)
+    return _mm512_reduce_max_ps(v);
+#else
     float best = v[0];
     for (int i = 1; i < W; ++i) best = v[i] > best ? v[i] : best;
     return best;
+#endif
 }
 
 // e^x to about 1 ulp: exactly 1 at 0, 0 below -87.3 (-inf too), saturating above 88.3; NaN stays NaN.
