@@ -71,7 +71,9 @@ def measure(num_seqs: int, steps: int, block_size: int) -> dict[str, list[float]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--sequences", type=int, default=256)
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--block-size", type=int, default=16)
@@ -83,7 +85,9 @@ def main() -> None:
         result[name] = dict(p20=quantiles[1], median=statistics.median(values) * 1e6, p80=quantiles[7])
         row = result[name]
         print(f"{name:18} {row['median']:7.0f} us a step   (p20 {row['p20']:.0f}, p80 {row['p80']:.0f})")
-    print(f"{args.sequences} sequences, {args.steps} decode steps, Python {platform.python_version()}, {platform.machine()}")
+    print(
+        f"{args.sequences} sequences, {args.steps} decode steps, Python {platform.python_version()}, {platform.machine()}"
+    )
     if args.json:
         with open(args.json, "w") as f:
             json.dump(result, f, indent=1)

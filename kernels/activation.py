@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from pagemill import _native
-from pagemill.kernels.check import expect, expect_tensor
 from torch import Tensor
-from torch.utils.dlpack import to_dlpack as dl
+
+import pagemill._native as _native
+from pagemill.kernels.check import expect, expect_tensor
+from pagemill.kernels.dlpack import dl
 
 __all__ = ["gelu_native", "gelu_reference", "swiglu_native", "swiglu_reference"]
 

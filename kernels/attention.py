@@ -12,10 +12,11 @@ from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
-from pagemill import _native
-from pagemill.kernels.check import expect, expect_tensor
 from torch import Tensor
-from torch.utils.dlpack import to_dlpack as dl
+
+import pagemill._native as _native
+from pagemill.kernels.check import expect, expect_tensor
+from pagemill.kernels.dlpack import dl
 
 __all__ = [
     "kv_cache_shapes",
@@ -160,7 +161,7 @@ def paged_attention_native(
 
 
 def varlen_attention_native(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float) -> Tensor:
-    """`varlen_attention_reference` in C++, for head_dim up to 256; bit-identical for any batch of segments."""
+    """`varlen_attention_reference` in C++, for head_dim up to 256; the same bits for any batch."""
     out = torch.empty(q.shape, dtype=q.dtype)
     _native.varlen_attention(dl(q), dl(k), dl(v), dl(cu_seqlens), scale, dl(out))
     return out

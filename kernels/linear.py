@@ -10,10 +10,11 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from pagemill import _native
-from pagemill.kernels.check import expect, expect_tensor
 from torch import Tensor
-from torch.utils.dlpack import to_dlpack as dl
+
+import pagemill._native as _native
+from pagemill.kernels.check import expect, expect_tensor
+from pagemill.kernels.dlpack import dl
 
 __all__ = [
     "PackedLinear",

@@ -7,10 +7,11 @@ scaled row is rounded to x's dtype before it is multiplied by the weight, as in 
 from __future__ import annotations
 
 import torch
-from pagemill import _native
-from pagemill.kernels.check import expect, expect_tensor
 from torch import Tensor
-from torch.utils.dlpack import to_dlpack as dl
+
+import pagemill._native as _native
+from pagemill.kernels.check import expect, expect_tensor
+from pagemill.kernels.dlpack import dl
 
 __all__ = ["add_rms_norm_native", "add_rms_norm_reference", "rms_norm_native", "rms_norm_reference"]
 

@@ -8,10 +8,11 @@ has the layout of `pagemill.kernels.attention`.
 from __future__ import annotations
 
 import torch
-from pagemill import _native
-from pagemill.kernels.check import expect, expect_tensor
 from torch import Tensor
-from torch.utils.dlpack import to_dlpack as dl
+
+import pagemill._native as _native
+from pagemill.kernels.check import expect, expect_tensor
+from pagemill.kernels.dlpack import dl
 
 __all__ = ["rotary_cache_native", "rotary_cache_reference", "rotary_native", "rotary_reference"]
 
@@ -38,7 +39,8 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> None:
     half = x.shape[-1] // 2
     first, second = x[..., :half].float(), x[..., half:].float()
     cos, sin = cos[:, None], sin[:, None]
-    rotated = first * cos - second * sin  # both halves before either is overwritten: in float32 they are views
+    # Both halves before either is overwritten: in float32 they are views.
+    rotated = first * cos - second * sin
     x[..., half:] = (second * cos + first * sin).to(x.dtype)
     x[..., :half] = rotated.to(x.dtype)
 

@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Callable, Container, Iterator
 from collections.abc import Sequence as SequenceOf
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -171,13 +172,16 @@ class Engine:
         done: queue.SimpleQueue[tuple[int, RequestOutput]] = queue.SimpleQueue()
         try:
             for i, request in enumerate(requests):
-                self._pool.submit(self._prepare_request, request, params, call, None, lambda o, i=i: done.put((i, o)))
+                deliver = partial(_put_numbered, done, i)
+                self._pool.submit(self._prepare_request, request, params, call, None, deliver)
             outputs = dict(done.get() for _ in requests)
         finally:
             self._cancel(call)
         return [outputs[i] for i in range(len(requests))]
 
-    async def stream(self, request: Request, params: SamplingParams | None = None) -> AsyncIterator[RequestOutput]:
+    async def stream(
+        self, request: Request, params: SamplingParams | None = None
+    ) -> AsyncIterator[RequestOutput]:
         """Answer one request as it grows: yields the output so far, the last one with its finish reason.
 
         A slow reader misses intermediate states, never the last. Leaving the iterator cancels the request.
@@ -258,10 +262,17 @@ class Engine:
 
     def _failed_page(self, source: str, page: int, error: str, prepare: float = 0.0) -> PageResult:
         seconds = Seconds(prepare=prepare)
-        return PageResult(source, page, "error", finish_reason="error", seconds=seconds, model=self.model, error=error)
+        return PageResult(
+            source, page, "error", finish_reason="error", seconds=seconds, model=self.model, error=error
+        )
 
     def _read_page(
-        self, ref: PageRef, params: SamplingParams, dpi: float, call: _Call, deliver: Callable[[PageResult], None]
+        self,
+        ref: PageRef,
+        params: SamplingParams,
+        dpi: float,
+        call: _Call,
+        deliver: Callable[[PageResult], None],
     ) -> None:
         """Prepare one page and queue it; whatever happens, exactly one result is delivered."""
         started = time.perf_counter()
@@ -326,7 +337,9 @@ class Engine:
 
         def on_end(seq: Sequence | None, error: str | None) -> None:
             if seq is None or error is not None:
-                failed = RequestOutput(request.request_id, "", [], "error", TokenCounts(), Seconds(), error=error)
+                failed = RequestOutput(
+                    request.request_id, "", [], "error", TokenCounts(), Seconds(), error=error
+                )
                 deliver(failed)
             else:
                 deliver(output(seq))
@@ -362,7 +375,9 @@ class Engine:
             self._inbox.append(command)
             self._wake.notify()
 
-    def _submit(self, prompt: TokenizedPrompt, params: SamplingParams, priority: int, ticket: _Ticket) -> None:
+    def _submit(
+        self, prompt: TokenizedPrompt, params: SamplingParams, priority: int, ticket: _Ticket
+    ) -> None:
         def command() -> None:
             if ticket.call.cancelled or self._closed:
                 ticket.on_end(None, "cancelled")
@@ -391,7 +406,9 @@ class Engine:
         ticket = self._tickets.pop(seq)
         ticket.call.live.discard(seq)
         if error is None and seq.finish_reason == "error":
-            error = "the model computed values that are not finite numbers; try float32, or check the checkpoint"
+            error = (
+                "the model computed values that are not finite numbers; try float32, or check the checkpoint"
+            )
         ticket.on_end(seq, error)
 
     def _run(self) -> None:
@@ -427,6 +444,12 @@ class Engine:
             self._end(seq, None)
 
 
+def _put_numbered(
+    done: queue.SimpleQueue[tuple[int, RequestOutput]], number: int, output: RequestOutput
+) -> None:
+    done.put((number, output))
+
+
 def _sentence(error: Exception) -> str:
     return str(error) if isinstance(error, PagemillError) else f"{type(error).__name__}: {error}"
 
@@ -457,7 +480,9 @@ def _device(name: str) -> torch.device:
     if device.type not in ("cpu", "cuda"):
         raise ConfigError(f"device should be cpu or cuda (or cuda:N), got {name!r}")
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device cuda was asked for, but torch sees no CUDA device (driver missing, or a CPU build)")
+        raise ConfigError(
+            "device cuda was asked for, but torch sees no CUDA device (driver missing, or a CPU build)"
+        )
     return device
 
 

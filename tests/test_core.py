@@ -54,7 +54,9 @@ class Ask:
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    folder = write_checkpoint(tmp_path_factory.mktemp("micro"), *PRESETS["micro"], std=0.25, dtype=torch.float32)
+    folder = write_checkpoint(
+        tmp_path_factory.mktemp("micro"), *PRESETS["micro"], std=0.25, dtype=torch.float32
+    )
     config = read_config(folder)
     device = torch.device("cpu")
     chosen = kernels.select("auto", device, torch.float32)
@@ -116,7 +118,9 @@ def asks(draw):
 
 @st.composite
 def scenarios(draw):
-    requests = draw(st.lists(st.tuples(asks(), st.integers(0, 12), st.integers(0, 1)), min_size=1, max_size=6))
+    requests = draw(
+        st.lists(st.tuples(asks(), st.integers(0, 12), st.integers(0, 1)), min_size=1, max_size=6)
+    )
     if draw(st.booleans()):  # the same page twice, and its look-alike beside it
         ask, arrival, priority = requests[0]
         requests.append((ask, arrival, priority))

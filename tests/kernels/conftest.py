@@ -1,0 +1,89 @@
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+import pagemill._native as _native
+from pagemill.kernels import Kernels, kv_cache_shapes, select
+
+CPU = torch.device("cpu")
+IMPLEMENTATIONS = ["reference", *(f"native-{isa}" for isa in _native.isas())]
+
+
+def open_kernels(implementation: str, dtype: torch.dtype) -> Kernels:
+    kind, _, isa = implementation.partition("-")
+    if isa:
+        _native.set_isa(isa)
+    return select(kind, CPU, dtype)
+
+
+@pytest.fixture(autouse=True)
+def _restore() -> Iterator[None]:
+    torch.manual_seed(0)
+    isa, threads = _native.isa(), _native.num_threads()
+    yield
+    _native.set_isa(isa)
+    _native.set_num_threads(threads)
+
+
+@pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    return request.param
+
+
+@pytest.fixture(params=IMPLEMENTATIONS)
+def kernels(request: pytest.FixtureRequest, dtype: torch.dtype) -> Kernels:
+    return open_kernels(request.param, dtype)
+
+
+@pytest.fixture(params=_native.isas())
+def native(request: pytest.FixtureRequest) -> Kernels:
+    """The float32 kernels of every instruction set: those whose rows must not depend on their neighbours."""
+    return open_kernels(f"native-{request.param}", torch.float32)
+
+
+def assert_close(found: Tensor, wanted: Tensor, *, size: float = 1.0, roundings: float = 1.0) -> None:
+    """`wanted` is float64, `size` that of the terms summed; a rounding is 2e-6, or half a bfloat16 unit."""
+    unit = 2e-6 if found.dtype == torch.float32 else 2.0**-8
+    assert found.shape == wanted.shape
+    torch.testing.assert_close(
+        found.double(), wanted, rtol=roundings * unit * 1.02, atol=roundings * unit * size * 0.1
+    )
+
+
+@dataclass
+class Cache:
+    """Sequences laid out in a paged cache whose every unused slot and block is NaN."""
+
+    k: Tensor
+    v: Tensor
+    tables: Tensor
+    lens: Tensor
+
+    @staticmethod
+    def fill(keys: list[Tensor], values: list[Tensor], block_size: int, *, seed: int = 0) -> "Cache":
+        """`keys[s]`, `values[s]` are `[context, Hk, D]`; blocks are dealt out in random order."""
+        kv_heads, head_dim = keys[0].shape[1:]
+        used = [-(-len(k) // block_size) for k in keys]
+        num_blocks = sum(used) + 3
+        k_shape, v_shape = kv_cache_shapes(num_blocks, kv_heads, head_dim, block_size)
+        k_cache = torch.full(k_shape, torch.nan, dtype=keys[0].dtype)
+        v_cache = torch.full(v_shape, torch.nan, dtype=keys[0].dtype)
+        order = torch.randperm(num_blocks, generator=torch.Generator().manual_seed(seed)).tolist()
+        garbage = torch.tensor([-1, num_blocks, 2**31 - 1, -(2**31)], dtype=torch.int32)
+        tables = garbage[torch.arange(len(keys) * (max(used) + 2)) % 4].view(len(keys), -1).clone()
+        for s, (key, value) in enumerate(zip(keys, values, strict=True)):
+            for i in range(used[s]):
+                block = order.pop()
+                tables[s, i] = block
+                piece = slice(i * block_size, (i + 1) * block_size)
+                count = len(key[piece])
+                k_cache[block, :, :, :count] = key[piece].permute(1, 2, 0)
+                v_cache[block, :, :count] = value[piece].permute(1, 0, 2)
+        return Cache(k_cache, v_cache, tables, torch.tensor([len(k) for k in keys], dtype=torch.int32))
+
+
+def starts(counts: list[int]) -> Tensor:
+    return torch.tensor([0, *counts]).cumsum(0).to(torch.int32)

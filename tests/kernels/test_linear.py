@@ -1,0 +1,101 @@
+import pytest
+import torch
+
+import pagemill._native as _native
+from pagemill.kernels import Kernels
+from tests.kernels.conftest import assert_close
+
+SHAPES = [
+    (1, 1, 1), (1, 32, 256), (2, 33, 257), (3, 31, 100), (4, 64, 512), (5, 96, 513), (6, 40, 255),
+    (7, 257, 64), (11, 32, 1), (12, 128, 96), (13, 97, 300), (24, 65, 70), (25, 32, 33), (95, 64, 48),
+    (96, 64, 48), (97, 160, 300), (193, 1000, 80),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize(("m", "n", "k"), SHAPES)
+def test_matches_float64(
+    kernels: Kernels, dtype: torch.dtype, m: int, n: int, k: int, with_bias: bool
+) -> None:
+    x, weight = torch.randn(m, k, dtype=dtype), torch.randn(n, k, dtype=dtype)
+    bias = torch.randn(n, dtype=dtype) if with_bias else None
+    wanted = x.double() @ weight.double().T + (0 if bias is None else bias.double())
+    packed = kernels.pack_linear(weight, bias)
+    found = kernels.linear(x, packed)
+    assert found.dtype == dtype
+    assert_close(found, wanted, size=10 * k**0.5)
+    wide = kernels.linear(x, packed, out_float32=True)
+    assert wide.dtype == torch.float32
+    torch.testing.assert_close(wide, found.float())
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16])
+def test_packs_any_stored_dtype(kernels: Kernels, dtype: torch.dtype, stored: torch.dtype) -> None:
+    weight, bias = torch.randn(70, 40).to(stored), torch.randn(70).to(stored)
+    x = torch.randn(3, 40, dtype=dtype)
+    wanted = x.double() @ weight.to(dtype).double().T + bias.to(dtype).double()
+    assert_close(kernels.linear(x, kernels.pack_linear(weight, bias)), wanted, size=60)
+
+
+def test_packs_a_weight_larger_than_a_piece(native: Kernels) -> None:
+    weight, x = torch.randn(3000, 700), torch.randn(2, 700)
+    packed = native.pack_linear(weight, None)
+    assert_close(native.linear(x, packed), x.double() @ weight.double().T, size=10 * 700**0.5)
+
+
+def test_strided_rows(kernels: Kernels, dtype: torch.dtype) -> None:
+    x, weight = torch.randn(5, 3, 40, dtype=dtype)[:, 1], torch.randn(70, 40, dtype=dtype)
+    wanted = x.double() @ weight.double().T
+    assert_close(kernels.linear(x, kernels.pack_linear(weight, None)), wanted, size=60)
+
+
+def test_embedding_shares_the_packed_weight(kernels: Kernels, dtype: torch.dtype) -> None:
+    weight = torch.randn(101, 37, dtype=dtype)
+    packed = kernels.pack_linear(weight, None)
+    ids = torch.tensor([0, 31, 32, 100, 100, 7])
+    assert torch.equal(kernels.embed(ids, packed), weight[ids])
+    assert kernels.embed(ids[:0], packed).shape == (0, 37)
+
+
+def test_no_rows(kernels: Kernels, dtype: torch.dtype) -> None:
+    packed = kernels.pack_linear(torch.randn(8, 4), None)
+    assert kernels.linear(torch.empty(0, 4, dtype=dtype), packed).shape == (0, 8)
+
+
+def test_rows_do_not_depend_on_the_batch_nor_on_threads(native: Kernels) -> None:
+    for n, k in [(256, 768), (97, 300), (1000, 40)]:
+        packed = native.pack_linear(torch.randn(n, k), torch.randn(n))
+        x = torch.randn(200, k)
+        whole = native.linear(x, packed)
+        for size in (1, 2, 3, 4, 5, 6, 7, 11, 12, 13, 24, 96, 97):
+            assert torch.equal(native.linear(x[100 : 100 + size], packed), whole[100 : 100 + size]), (
+                n,
+                k,
+                size,
+            )
+        _native.set_num_threads(1)
+        assert torch.equal(native.linear(x, packed), whole)
+        _native.set_num_threads(3)
+        assert torch.equal(native.linear(x, packed), whole)
+
+
+def test_bad_arguments_raise(kernels: Kernels, dtype: torch.dtype) -> None:
+    packed = kernels.pack_linear(torch.randn(40, 16), None)
+    for x in (
+        torch.zeros(2, 15, dtype=dtype),
+        torch.zeros(2, 16, dtype=torch.float16),
+        torch.zeros(16, dtype=dtype),
+    ):
+        with pytest.raises(ValueError, match=r"x: expected .*16.* found"):
+            kernels.linear(x, packed)
+    with pytest.raises(ValueError, match="x: expected"):
+        kernels.linear(torch.zeros(16, 2, dtype=dtype).T, packed)
+    for bad in (-1, 40, 2**62):
+        with pytest.raises(ValueError, match=r"ids: expected 0\.\.39"):
+            kernels.embed(torch.tensor([0, bad]), packed)
+    with pytest.raises(ValueError, match="ids: expected int64"):
+        kernels.embed(torch.tensor([0], dtype=torch.int32), packed)
+    with pytest.raises(ValueError, match=r"bias: expected .*40"):
+        kernels.pack_linear(torch.randn(40, 16), torch.randn(41))
+    with pytest.raises(ValueError, match="weight: expected"):
+        kernels.pack_linear(torch.zeros(40, 16, dtype=torch.int64), None)
