@@ -1,7 +1,7 @@
 """The engine's inside, for real: whatever the company, order, chunking, block size and preemption, greedy output is the same.
 
-A random model of a few thousand weights runs every request alone with room to spare; then hypothesis throws the same requests together
-under hostile budgets. Look-alike pages (same size, one patch different) catch crossed pages.
+A random model of a few thousand weights runs every request alone with room to spare; then hypothesis throws the same requests
+together under hostile budgets. Look-alike pages (same size, one patch different) catch crossed pages.
 """
 
 from dataclasses import dataclass
@@ -111,7 +111,7 @@ def asks(draw):
     images = draw(st.lists(st.integers(0, len(IMAGES) - 1), max_size=2))
     prompt: list[int] = []
     for _ in images:
-        prompt += draw(texts) + [IMAGE]
+        prompt += [*draw(texts), IMAGE]
     prompt += draw(texts)
     return Ask(tuple(prompt or [1]), tuple(images), draw(st.integers(1, 12)))
 

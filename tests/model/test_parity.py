@@ -95,7 +95,7 @@ def our_logits(folder, token_ids, patches, grids, kind, chunk=None, block_size=1
         at = token_ids.index(config.image_token_id, at)
         starts.append(at)
         at += grid[0] * grid[1] * grid[2] // merge**2
-    positions, delta = mrope_positions(len(token_ids), list(zip(starts, grids, strict=True)), merge)
+    positions, _ = mrope_positions(len(token_ids), list(zip(starts, grids, strict=True)), merge)
     n = len(token_ids)
     num_blocks = -(-n // block_size)
     shapes = kv_cache_shapes(num_blocks, t.num_kv_heads, t.head_dim, block_size)
