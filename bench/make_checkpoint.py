@@ -2,9 +2,9 @@
 
     python bench/make_checkpoint.py --preset 3b -o /tmp/random-3b
 
-Presets: `3b` and `7b` are the shapes of Qwen2.5-VL-3B and 7B (and of the OCR models tuned from them), `micro` one for tests.
-Tokenizer, chat template and image settings are those of the embedded pagemill-tiny, so `pagemill read --model DIR` works at once.
-Shards are written one after another: memory stays at one shard.
+Presets: `3b` and `7b` are the shapes of Qwen2.5-VL-3B and 7B (and of the OCR models tuned from them), `micro` is
+one for tests. Tokenizer, chat template and image settings are those of the embedded pagemill-tiny, so `pagemill read
+--model DIR` works at once. Shards are written one after another: memory stays at one shard.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
     python bench/scheduler.py
 
-Times `Scheduler.schedule` and `Scheduler.update` (with block publishing) of decode steps, and of the layout that the
+Times `Scheduler.schedule` and `Scheduler.update` (with block publishing) of decode steps, and the layout that the
 runner makes from a plan, in microseconds a step: median, and the 20th and 80th percentile.
 """
 

@@ -13,6 +13,9 @@
 #include <cstring>
 #include <vector>
 
+// Vectors wider than the baseline's are passed between functions that are always inlined: no call, so no ABI.
+#pragma GCC diagnostic ignored "-Wpsabi"
+
 #define PAGEMILL_INLINE inline __attribute__((always_inline))
 
 namespace pagemill {
@@ -109,9 +112,9 @@ PAGEMILL_INLINE typename Vec<int32_t, LANES>::type load_wide(const uint8_t* src)
 
 // Accumulators to bytes: shift, clip, narrow.
 template <int LANES>
-PAGEMILL_INLINE void store_clipped(typename Vec<int32_t, LANES>::type acc, uint8_t* dst) {
+PAGEMILL_INLINE void store_clipped(const typename Vec<int32_t, LANES>::type& sum, uint8_t* dst) {
     typedef typename Vec<int32_t, LANES>::type I;
-    acc >>= kPrecisionBits;
+    I acc = sum >> kPrecisionBits;
     acc = acc < 0 ? I{} : acc;
     acc = acc > 255 ? I{} + 255 : acc;
     int32_t wide[LANES];

@@ -13,6 +13,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Container, Iterator
 from collections.abc import Sequence as SequenceOf
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -93,6 +94,7 @@ class Engine:
         self._inbox: list[Callable[[], None]] = []
         self._wake = threading.Condition()
         self._closed = False
+        self._ended = False
         self._thread = threading.Thread(target=self._run, name="pagemill-engine", daemon=True)
         self._thread.start()
 
@@ -196,7 +198,8 @@ class Engine:
                 latest[:] = [output]
                 arrived.set()
 
-            loop.call_soon_threadsafe(on_loop)
+            with suppress(RuntimeError):  # the caller's loop has ended, and with it all interest
+                loop.call_soon_threadsafe(on_loop)
 
         self._pool.submit(self._prepare_request, request, params, call, deliver, deliver)
         try:
@@ -261,6 +264,8 @@ class Engine:
                     yield self._failed_page(source, 1, str(error))
 
     def _failed_page(self, source: str, page: int, error: str, prepare: float = 0.0) -> PageResult:
+        if source not in error:  # every sentence says where
+            error = f"{source} page {page}: {error}"
         seconds = Seconds(prepare=prepare)
         return PageResult(
             source, page, "error", finish_reason="error", seconds=seconds, model=self.model, error=error
@@ -372,15 +377,18 @@ class Engine:
 
     def _post(self, command: Callable[[], None]) -> None:
         with self._wake:
-            self._inbox.append(command)
-            self._wake.notify()
+            if not self._ended:
+                self._inbox.append(command)
+                self._wake.notify()
+                return
+        command()  # the thread is gone and touches nothing any more: submissions are refused, cancellations are void
 
     def _submit(
         self, prompt: TokenizedPrompt, params: SamplingParams, priority: int, ticket: _Ticket
     ) -> None:
         def command() -> None:
             if ticket.call.cancelled or self._closed:
-                ticket.on_end(None, "cancelled")
+                ticket.on_end(None, "cancelled" if ticket.call.cancelled else "the engine is closed")
                 return
             try:
                 seq = self.core.add(prompt, params, self.max_new_tokens, priority)
@@ -412,20 +420,25 @@ class Engine:
         ticket.on_end(seq, error)
 
     def _run(self) -> None:
-        while True:
+        try:
+            while not self._closed:
+                with self._wake:
+                    while not (self._inbox or self._closed or self.core.scheduler.has_work):
+                        self._wake.wait()
+                    commands, self._inbox = self._inbox, []
+                for command in commands:
+                    command()
+                if self.core.scheduler.has_work and not self._closed:
+                    self._step()
+        finally:  # also after a bug in a callback: nobody may wait forever
             with self._wake:
-                while not (self._inbox or self._closed or self.core.scheduler.has_work):
-                    self._wake.wait()
+                self._closed = self._ended = True
                 commands, self._inbox = self._inbox, []
+            for seq in list(self._tickets):
+                self.core.cancel(seq)
+                self._end(seq, "the engine was closed before the end")
             for command in commands:
                 command()
-            if self._closed:
-                for seq in list(self._tickets):
-                    self.core.cancel(seq)
-                    self._end(seq, None)
-                return
-            if self.core.scheduler.has_work:
-                self._step()
 
     def _step(self) -> None:
         try:

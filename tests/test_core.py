@@ -1,7 +1,7 @@
 """The engine's inside, for real: whatever the company, order, chunking, block size and preemption, greedy output is the same.
 
-A random model of a few thousand weights runs every request alone with room to spare; then hypothesis throws the same requests
-together under hostile budgets. Look-alike pages (same size, one patch different) catch crossed pages.
+A random model of a few thousand weights runs every request alone with room to spare; then hypothesis throws the same
+requests together under hostile budgets. Look-alike pages (same size, one patch different) catch crossed pages.
 """
 
 from dataclasses import dataclass

@@ -12,7 +12,6 @@ import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -33,7 +32,10 @@ _lock = threading.Lock()
 def count_pages(source: str) -> int:
     """Return the number of pages, at least 1; raises PageError for a file that pdfium cannot open."""
     with _document(source) as document:
-        return len(document)
+        count = len(document)
+    if count < 1:
+        raise PageError("the PDF file has no pages")
+    return count
 
 
 def render_page(source: str, page: int, dpi: float) -> npt.NDArray[np.uint8]:
@@ -70,14 +72,13 @@ def render_page(source: str, page: int, dpi: float) -> npt.NDArray[np.uint8]:
 @contextmanager
 def _document(source: str) -> Iterator[Any]:
     with _lock:
-        try:
-            document = pypdfium2.PdfDocument(Path(os.path.abspath(source)))
-        except pypdfium2.PdfiumError as error:
-            if error.err_code == raw.FPDF_ERR_PASSWORD:
-                raise PageError("the PDF file is protected by a password, remove it first") from error
-            if error.err_code == raw.FPDF_ERR_SUCCESS:
-                raise PageError("the PDF file has no pages") from error
-            raise PageError("the PDF file is damaged and cannot be opened") from error
+        # Opened by the raw call: its error code is only set on failure, and a document without pages is none.
+        handle = raw.FPDF_LoadDocument(os.fsencode(os.path.abspath(source)) + b"\0", None)
+        if not handle:
+            if raw.FPDF_GetLastError() == raw.FPDF_ERR_PASSWORD:
+                raise PageError("the PDF file is protected by a password, remove it first")
+            raise PageError("the PDF file is damaged and cannot be opened")
+        document = pypdfium2.PdfDocument(handle)
         try:
             yield document
         finally:
