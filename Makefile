@@ -1,7 +1,7 @@
 # make demo    read the sample pages and show what was read
 # make test    lint, types, layers, and the tests
 # make lint    the same without the tests
-# make bench   pages per second on this machine
+# make bench   page preparation, scheduling, and pages/s against transformers, on this machine
 # make clean   remove everything that was built
 
 PYTHON ?= python3
@@ -27,7 +27,9 @@ lint: $(INSTALLED)
 	.venv/bin/lint-imports
 
 bench: $(INSTALLED)
-	$(PY) -m pytest bench --benchmark-only
+	$(PY) bench/prepare.py
+	$(PY) bench/scheduler.py
+	$(PY) bench/compare_hf.py
 
 clean:
 	rm -rf .venv build dist out *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis

@@ -13,7 +13,7 @@ mkdir "$work/tree"
 git ls-files -z --cached --others --exclude-standard | xargs -0 cp --parents -t "$work/tree"
 "$python" -m venv "$work/tools"
 "$work/tools/bin/python" -m pip install -q build
-"$work/tools/bin/python" -m build --sdist --outdir "$work" "$work/tree" >"$work/log" || { cat "$work/log"; exit 1; }
+"$work/tools/bin/python" -m build --sdist --outdir "$work" "$work/tree" >"$work/log" 2>&1 || { cat "$work/log"; exit 1; }
 
 echo "packaging: wheel from the sdist"
 "$work/tools/bin/python" -m pip wheel -q --no-deps --wheel-dir "$work" "$work"/pagemill-*.tar.gz
