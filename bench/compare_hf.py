@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -256,6 +257,11 @@ def main() -> None:
     )
     print(f"\n{'':37}{'pages/s':>9}  {'':20}{'tokens/s':>9}{'vs batch 1':>10}{'vs 8':>10}{'same tokens':>14}")
     rows = []
+    if os.getloadavg()[0] > 0.5:
+        print(
+            "WARNING: other programs are running. OpenMP, which transformers computes with, loses most by that; "
+            "the ratios below flatter pagemill."
+        )
     for dtype in args.dtype:
         hf = Transformers(args.model, dtype, args.max_new_tokens)
         readers = make_readers(dtype, hf, args)
