@@ -255,13 +255,13 @@ def main() -> None:
         f"{args.model}, {len(files)} pages, greedy, at most {args.max_new_tokens} new tokens, {args.threads} threads, "
         f"{args.repeats} repeats, image files to text"
     )
-    print(f"\n{'':37}{'pages/s':>9}  {'':20}{'tokens/s':>9}{'vs batch 1':>10}{'vs 8':>10}{'same tokens':>14}")
-    rows = []
     if os.getloadavg()[0] > 0.5:
         print(
             "WARNING: other programs are running. OpenMP, which transformers computes with, loses most by that; "
             "the ratios below flatter pagemill."
         )
+    print(f"\n{'':37}{'pages/s':>9}  {'':20}{'tokens/s':>9}{'vs batch 1':>10}{'vs 8':>10}{'same tokens':>14}")
+    rows = []
     for dtype in args.dtype:
         hf = Transformers(args.model, dtype, args.max_new_tokens)
         readers = make_readers(dtype, hf, args)
