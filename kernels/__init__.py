@@ -20,7 +20,7 @@ from pagemill.kernels import activation, attention, linear, norm, rotary, sampli
 from pagemill.kernels.attention import kv_cache_shapes
 from pagemill.kernels.linear import PackedLinear
 
-__all__ = ["Kernels", "PackedLinear", "kv_cache_shapes", "select"]
+__all__ = ["Kernels", "PackedLinear", "kv_cache_shapes", "select", "set_num_threads"]
 
 
 class LinearOp(Protocol):
@@ -109,6 +109,12 @@ def _native_over(reference: Kernels, dtype: torch.dtype) -> Kernels:
     else:  # oneDNN, under torch, has matrix kernels for bfloat16 that fit the machine
         implementations |= dict.fromkeys(("linear", "embed"), "reference (torch)")
     return replace(kernels, implementations=implementations)
+
+
+def set_num_threads(count: int) -> None:
+    """Let the CPU kernels, native and torch's, use `count` threads; this holds for the whole process."""
+    _native.set_num_threads(count)
+    torch.set_num_threads(count)
 
 
 def select(kind: str, device: torch.device, dtype: torch.dtype) -> Kernels:

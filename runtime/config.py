@@ -17,7 +17,8 @@ class EngineConfig:
 
     device: str = "cpu"
     dtype: str = "auto"
-    """float32, bfloat16, or auto (the checkpoint's, where the device computes it fast)."""
+    """float32, bfloat16, or auto: bfloat16, but float32 for a checkpoint stored so and, on a CPU, for a model whose
+    float32 weights take less than 2 GiB."""
     kernels: KernelChoice = "auto"
     """Which kernel implementations to use; `Engine.describe` tells what was chosen."""
     max_num_seqs: int = 32
@@ -39,7 +40,7 @@ class EngineConfig:
     prepare_threads: int = min(4, os.cpu_count() or 1)
     """Threads that decode and patch pages while the model works."""
     num_threads: int | None = None
-    """Threads of the model's CPU kernels; None takes every core this process may use."""
+    """Threads of the CPU kernels, for the whole process; None takes every core this process may use."""
 
     def __post_init__(self) -> None:
         def refuse(name: str, should: str) -> None:

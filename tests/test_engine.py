@@ -283,6 +283,17 @@ def test_describe_tells_what_runs(engine):
     assert facts["kernels"]["paged_attention"].startswith("native")
 
 
+def test_threads_are_set_for_the_native_kernels_too():
+    from pagemill import _native
+
+    before = _native.num_threads()
+    try:
+        with Engine.from_pretrained("pagemill-tiny", num_threads=1):
+            assert _native.num_threads() == 1
+    finally:
+        _native.set_num_threads(before)
+
+
 def test_the_kv_budget_is_what_is_allocated():
     with Engine.from_pretrained("pagemill-tiny", kv_cache_bytes=20_000_000) as engine:
         allocated = sum(k.nbytes + v.nbytes for k, v in engine.core.runner.kv_cache)

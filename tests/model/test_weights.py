@@ -13,7 +13,7 @@ from pagemill import kernels
 from pagemill.errors import CheckpointError
 from pagemill.model.config import read_config
 from pagemill.model.loader import find_checkpoint, load_model
-from pagemill.model.weights import Checkpoint
+from pagemill.model.weights import Checkpoint, num_parameters
 
 TEXT, VISION = PRESETS["micro"]
 CPU = torch.device("cpu")
@@ -73,6 +73,14 @@ def test_stored_dtypes(tmp_path, stored, compute):
     rough = torch.bfloat16 in (stored, compute)
     assert torch.isfinite(got).all()
     assert (got - exact).norm() / exact.norm() < (0.05 if rough else 0.002)
+
+
+def test_parameters_are_counted_as_published(tmp_path):
+    """3,754,622,976 is what transformers counts for Qwen2.5-VL-3B."""
+    folder = micro(tmp_path)
+    text, vision = PRESETS["3b"]
+    edit(folder, lambda c: c.update(text, vision_config=vision))
+    assert num_parameters(read_config(folder)) == 3_754_622_976
 
 
 def test_untied_head_is_read(tmp_path):
