@@ -2,9 +2,9 @@
 
     python bench/make_checkpoint.py --preset 3b -o /tmp/random-3b
 
-Presets: `3b` and `7b` are the shapes of Qwen2.5-VL-3B and 7B (and of the OCR models tuned from them), `micro` one for tests. Tokenizer,
-chat template and image settings are those of the embedded pagemill-tiny, so `pagemill read --model DIR` works at once.
-Shards are written one after another: memory stays at one shard.
+Presets: `3b` and `7b` are the shapes of Qwen2.5-VL-3B and 7B (and of the OCR models tuned from them), `micro` is
+one for tests. Tokenizer, chat template and image settings are those of the embedded pagemill-tiny, so `pagemill read
+--model DIR` works at once. Shards are written one after another: memory stays at one shard.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def write_checkpoint(
             (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
 
     for canonical, shape in expected_shapes(read_config(folder)).items():
-        center = 1.0 if len(shape) == 1 and "norm" in canonical or "ln_q" in canonical else 0.0
+        center = 1.0 if (len(shape) == 1 and "norm" in canonical) or "ln_q" in canonical else 0.0
         tensor = (torch.randn(shape, generator=generator) * std + center).to(dtype)
         name = canonical
         if canonical.startswith("text."):
@@ -119,7 +119,9 @@ def write_checkpoint(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--preset", choices=sorted(PRESETS), default="3b")
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
     parser.add_argument("-o", "--output", type=Path, required=True)

@@ -11,13 +11,14 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol
 
-import pagemill._native as _native
 import torch
+from torch import Tensor
+
+import pagemill._native as _native
 from pagemill.errors import KernelUnavailable
 from pagemill.kernels import activation, attention, linear, norm, rotary, sampling
 from pagemill.kernels.attention import kv_cache_shapes
 from pagemill.kernels.linear import PackedLinear
-from torch import Tensor
 
 __all__ = ["Kernels", "PackedLinear", "kv_cache_shapes", "select"]
 

@@ -5,12 +5,13 @@ float32 or bfloat16 in and out; computed in float32, rounded once.
 
 from __future__ import annotations
 
-import pagemill._native as _native
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
+import pagemill._native as _native
 from pagemill.kernels.check import expect, expect_tensor
 from pagemill.kernels.dlpack import dl
-from torch import Tensor
 
 __all__ = ["gelu_native", "gelu_reference", "swiglu_native", "swiglu_reference"]
 

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from itertools import pairwise
 
-import pagemill._native as _native
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
+import pagemill._native as _native
 from pagemill.kernels.check import expect, expect_tensor
 from pagemill.kernels.dlpack import dl
-from torch import Tensor
 
 __all__ = [
     "kv_cache_shapes",

@@ -4,4 +4,4 @@ from torch.utils import dlpack as _dlpack
 
 __all__ = ["dl"]
 
-dl = _dlpack.to_dlpack  # type: ignore[attr-defined]  # about 1 us; documented, but not in torch's __all__
+dl = _dlpack.to_dlpack

@@ -6,11 +6,12 @@ scaled row is rounded to x's dtype before it is multiplied by the weight, as in 
 
 from __future__ import annotations
 
-import pagemill._native as _native
 import torch
+from torch import Tensor
+
+import pagemill._native as _native
 from pagemill.kernels.check import expect, expect_tensor
 from pagemill.kernels.dlpack import dl
-from torch import Tensor
 
 __all__ = ["add_rms_norm_native", "add_rms_norm_reference", "rms_norm_native", "rms_norm_reference"]
 

@@ -7,11 +7,12 @@ has the layout of `pagemill.kernels.attention`.
 
 from __future__ import annotations
 
-import pagemill._native as _native
 import torch
+from torch import Tensor
+
+import pagemill._native as _native
 from pagemill.kernels.check import expect, expect_tensor
 from pagemill.kernels.dlpack import dl
-from torch import Tensor
 
 __all__ = ["rotary_cache_native", "rotary_cache_reference", "rotary_native", "rotary_reference"]
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import pagemill._native as _native
 import torch
+from torch import Tensor
+
+import pagemill._native as _native
 from pagemill.kernels.check import expect, expect_tensor
 from pagemill.kernels.dlpack import dl
-from torch import Tensor
 
 __all__ = ["greedy_native", "greedy_reference"]
 

@@ -30,7 +30,9 @@ class BlockPool:
 
     def __init__(self, num_blocks: int, block_size: int, prefix_sharing: bool = True) -> None:
         if num_blocks < 1 or block_size < 1:
-            raise ConfigError(f"the KV cache needs at least one block of one token, got {num_blocks} x {block_size}")
+            raise ConfigError(
+                f"the KV cache needs at least one block of one token, got {num_blocks} x {block_size}"
+            )
         self.num_blocks, self.block_size, self.prefix_sharing = num_blocks, block_size, prefix_sharing
         self._references = [0] * num_blocks
         self._digest: list[bytes | None] = [None] * num_blocks
@@ -139,7 +141,9 @@ class BlockPool:
                 f"counted {[self._references[b] for b in wrong[:8]]}"
             )
         if set(self._free) != {b for b in range(self.num_blocks) if counts[b] == 0}:
-            raise AssertionError(f"{len(self._free)} blocks in the free list, {counts.count(0)} without owner")
+            raise AssertionError(
+                f"{len(self._free)} blocks in the free list, {counts.count(0)} without owner"
+            )
         for digest, block in self._by_digest.items():
             if self._digest[block] != digest:
                 raise AssertionError(f"block {block} is found by a digest that is not its own")

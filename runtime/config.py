@@ -49,7 +49,13 @@ class EngineConfig:
             refuse("dtype", "auto, float32 or bfloat16")
         if self.kernels not in ("auto", "reference", "native", "triton"):
             refuse("kernels", "auto, reference, native or triton")
-        for name in ("max_num_seqs", "max_step_tokens", "max_step_image_tokens", "block_size", "prepare_threads"):
+        for name in (
+            "max_num_seqs",
+            "max_step_tokens",
+            "max_step_image_tokens",
+            "block_size",
+            "prepare_threads",
+        ):
             if getattr(self, name) < 1:
                 refuse(name, "at least 1")
         for name in ("max_model_len", "kv_cache_bytes", "num_threads"):

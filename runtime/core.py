@@ -17,6 +17,7 @@ from pagemill.model.loader import Model
 from pagemill.model.prompt import Prompter
 from pagemill.model.rope import mrope_positions
 from pagemill.pages.preprocess import PreparedImage
+from pagemill.results import FinishReason
 from pagemill.runner import Runner, block_bytes
 from pagemill.scheduler import Scheduler
 from pagemill.sequence import Sequence, SequenceImage, Timeline
@@ -50,7 +51,9 @@ class EngineCore:
         )
         num_blocks = self.kv_cache_bytes // per_block
         if num_blocks < 1:
-            raise ConfigError(f"kv_cache_bytes {self.kv_cache_bytes} is less than one KV block ({per_block} bytes)")
+            raise ConfigError(
+                f"kv_cache_bytes {self.kv_cache_bytes} is less than one KV block ({per_block} bytes)"
+            )
         self.blocks = BlockPool(num_blocks, config.block_size, config.prefix_sharing)
         self.images: ImageCache[Tensor] = ImageCache(2 * config.max_step_image_tokens)
         self.scheduler = Scheduler(
@@ -94,7 +97,9 @@ class EngineCore:
             ],
         )
 
-    def add(self, prompt: TokenizedPrompt, params: SamplingParams, max_new_tokens: int, priority: int = 0) -> Sequence:
+    def add(
+        self, prompt: TokenizedPrompt, params: SamplingParams, max_new_tokens: int, priority: int = 0
+    ) -> Sequence:
         """Queue a request. Raises `RequestError` if its prompt is empty or too long for the context or the KV budget."""
         num_prompt = len(prompt.token_ids)
         pool = self.blocks.num_blocks * self.blocks.block_size
@@ -111,7 +116,9 @@ class EngineCore:
             )
         config = self.model.config
         positions, delta = mrope_positions(
-            num_prompt, [(image.start, image.grid) for image in prompt.images], config.vision.spatial_merge_size
+            num_prompt,
+            [(image.start, image.grid) for image in prompt.images],
+            config.vision.spatial_merge_size,
         )
         seq = Sequence(
             id=self._next_id,
@@ -160,12 +167,11 @@ class EngineCore:
         cuts = [at for stop in seq.params.stop if (at := text.find(stop)) >= 0]
         return text[: min(cuts)] if cuts else text
 
-    def _end(self, seq: Sequence, reason: "str", finished: list[Sequence]) -> None:
+    def _end(self, seq: Sequence, reason: FinishReason, finished: list[Sequence]) -> None:
         if seq.finish_reason is None:
-            self.scheduler.finish(seq, "stop" if reason == "stop" else "error")
+            self.scheduler.finish(seq, reason)
             finished.append(seq)
-        else:
-            seq.finish_reason = "error"
+        seq.finish_reason = reason
 
     def _hit_stop_string(self, seq: Sequence) -> bool:
         # A character takes at most four byte-level tokens, so a stop string that has just ended lies in this tail.

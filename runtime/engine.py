@@ -13,7 +13,9 @@ import time
 from collections.abc import AsyncIterator, Callable, Container, Iterator
 from collections.abc import Sequence as SequenceOf
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -92,6 +94,7 @@ class Engine:
         self._inbox: list[Callable[[], None]] = []
         self._wake = threading.Condition()
         self._closed = False
+        self._ended = False
         self._thread = threading.Thread(target=self._run, name="pagemill-engine", daemon=True)
         self._thread.start()
 
@@ -155,7 +158,7 @@ class Engine:
                     if isinstance(page, PageResult):
                         results.put(page)
                     else:
-                        self._pool.submit(self._read_page, page, params, dpi or self.dpi, call, results.put)
+                        self._start(self._read_page, page, params, dpi or self.dpi, call, results.put)
                 if not pending:
                     return
                 yield results.get()
@@ -171,13 +174,16 @@ class Engine:
         done: queue.SimpleQueue[tuple[int, RequestOutput]] = queue.SimpleQueue()
         try:
             for i, request in enumerate(requests):
-                self._pool.submit(self._prepare_request, request, params, call, None, lambda o, i=i: done.put((i, o)))
+                deliver = partial(_put_numbered, done, i)
+                self._start(self._prepare_request, request, params, call, None, deliver)
             outputs = dict(done.get() for _ in requests)
         finally:
             self._cancel(call)
         return [outputs[i] for i in range(len(requests))]
 
-    async def stream(self, request: Request, params: SamplingParams | None = None) -> AsyncIterator[RequestOutput]:
+    async def stream(
+        self, request: Request, params: SamplingParams | None = None
+    ) -> AsyncIterator[RequestOutput]:
         """Answer one request as it grows: yields the output so far, the last one with its finish reason.
 
         A slow reader misses intermediate states, never the last. Leaving the iterator cancels the request.
@@ -192,9 +198,10 @@ class Engine:
                 latest[:] = [output]
                 arrived.set()
 
-            loop.call_soon_threadsafe(on_loop)
+            with suppress(RuntimeError):  # the caller's loop has ended, and with it all interest
+                loop.call_soon_threadsafe(on_loop)
 
-        self._pool.submit(self._prepare_request, request, params, call, deliver, deliver)
+        self._start(self._prepare_request, request, params, call, deliver, deliver)
         try:
             while True:
                 await arrived.wait()
@@ -236,7 +243,7 @@ class Engine:
             self._closed = True
             self._wake.notify()
         self._thread.join()
-        self._pool.shutdown(cancel_futures=True)
+        self._pool.shutdown()  # what is queued there finds the engine closed and says so
 
     def __enter__(self) -> Engine:
         return self
@@ -245,6 +252,16 @@ class Engine:
         self.close()
 
     # Worker threads: pages and requests become queued sequences.
+
+    def _start(self, task: Callable[..., None], *args: object) -> None:
+        with suppress(RuntimeError):  # raised when the pool is shut down
+            self._pool.submit(task, *args)
+            return
+        task(*args)  # the task finds the engine closed and says so
+
+    def _check_open(self, call: _Call) -> None:
+        if call.cancelled or self._closed:
+            raise RequestError("cancelled" if call.cancelled else "the engine is closed")
 
     def _pages(self, sources: list[str], skip: Container[tuple[str, int]]) -> Iterator[PageRef | PageResult]:
         for source in sources:
@@ -257,11 +274,20 @@ class Engine:
                     yield self._failed_page(source, 1, str(error))
 
     def _failed_page(self, source: str, page: int, error: str, prepare: float = 0.0) -> PageResult:
+        if source not in error:  # every sentence says where
+            error = f"{source} page {page}: {error}"
         seconds = Seconds(prepare=prepare)
-        return PageResult(source, page, "error", finish_reason="error", seconds=seconds, model=self.model, error=error)
+        return PageResult(
+            source, page, "error", finish_reason="error", seconds=seconds, model=self.model, error=error
+        )
 
     def _read_page(
-        self, ref: PageRef, params: SamplingParams, dpi: float, call: _Call, deliver: Callable[[PageResult], None]
+        self,
+        ref: PageRef,
+        params: SamplingParams,
+        dpi: float,
+        call: _Call,
+        deliver: Callable[[PageResult], None],
     ) -> None:
         """Prepare one page and queue it; whatever happens, exactly one result is delivered."""
         started = time.perf_counter()
@@ -274,8 +300,7 @@ class Engine:
                 deliver(self._page_result(ref, seq, prepare))
 
         try:
-            if call.cancelled:
-                raise RequestError("cancelled")
+            self._check_open(call)
             prompt = self.core.tokenize(self.page_prompt, [self.processor.prepare(load_page(ref, dpi))])
             prepare = time.perf_counter() - started
             self._submit(prompt, params, 0, _Ticket(call, on_end))
@@ -326,12 +351,15 @@ class Engine:
 
         def on_end(seq: Sequence | None, error: str | None) -> None:
             if seq is None or error is not None:
-                failed = RequestOutput(request.request_id, "", [], "error", TokenCounts(), Seconds(), error=error)
+                failed = RequestOutput(
+                    request.request_id, "", [], "error", TokenCounts(), Seconds(), error=error
+                )
                 deliver(failed)
             else:
                 deliver(output(seq))
 
         try:
+            self._check_open(call)
             images = [self._prepare_image(image) for image in request.images]
             prompt: str | list[int]
             if isinstance(request.prompt, str):
@@ -359,15 +387,18 @@ class Engine:
 
     def _post(self, command: Callable[[], None]) -> None:
         with self._wake:
-            self._inbox.append(command)
-            self._wake.notify()
-
-    def _submit(self, prompt: TokenizedPrompt, params: SamplingParams, priority: int, ticket: _Ticket) -> None:
-        def command() -> None:
-            if ticket.call.cancelled or self._closed:
-                ticket.on_end(None, "cancelled")
+            if not self._ended:
+                self._inbox.append(command)
+                self._wake.notify()
                 return
+        command()  # the thread is gone and touches nothing any more: submissions are refused, cancellations are void
+
+    def _submit(
+        self, prompt: TokenizedPrompt, params: SamplingParams, priority: int, ticket: _Ticket
+    ) -> None:
+        def command() -> None:
             try:
+                self._check_open(ticket.call)
                 seq = self.core.add(prompt, params, self.max_new_tokens, priority)
             except RequestError as error:
                 ticket.on_end(None, str(error))
@@ -391,24 +422,31 @@ class Engine:
         ticket = self._tickets.pop(seq)
         ticket.call.live.discard(seq)
         if error is None and seq.finish_reason == "error":
-            error = "the model computed values that are not finite numbers; try float32, or check the checkpoint"
+            error = (
+                "the model computed values that are not finite numbers; try float32, or check the checkpoint"
+            )
         ticket.on_end(seq, error)
 
     def _run(self) -> None:
-        while True:
+        try:
+            while not self._closed:
+                with self._wake:
+                    while not (self._inbox or self._closed or self.core.scheduler.has_work):
+                        self._wake.wait()
+                    commands, self._inbox = self._inbox, []
+                for command in commands:
+                    command()
+                if self.core.scheduler.has_work and not self._closed:
+                    self._step()
+        finally:  # also after a bug in a callback: nobody may wait forever
             with self._wake:
-                while not (self._inbox or self._closed or self.core.scheduler.has_work):
-                    self._wake.wait()
+                self._closed = self._ended = True
                 commands, self._inbox = self._inbox, []
+            for seq in list(self._tickets):
+                self.core.cancel(seq)
+                self._end(seq, "the engine was closed before the end")
             for command in commands:
                 command()
-            if self._closed:
-                for seq in list(self._tickets):
-                    self.core.cancel(seq)
-                    self._end(seq, None)
-                return
-            if self.core.scheduler.has_work:
-                self._step()
 
     def _step(self) -> None:
         try:
@@ -425,6 +463,12 @@ class Engine:
                 on_token(seq)
         for seq in finished:
             self._end(seq, None)
+
+
+def _put_numbered(
+    done: queue.SimpleQueue[tuple[int, RequestOutput]], number: int, output: RequestOutput
+) -> None:
+    done.put((number, output))
 
 
 def _sentence(error: Exception) -> str:
@@ -457,7 +501,9 @@ def _device(name: str) -> torch.device:
     if device.type not in ("cpu", "cuda"):
         raise ConfigError(f"device should be cpu or cuda (or cuda:N), got {name!r}")
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device cuda was asked for, but torch sees no CUDA device (driver missing, or a CPU build)")
+        raise ConfigError(
+            "device cuda was asked for, but torch sees no CUDA device (driver missing, or a CPU build)"
+        )
     return device
 
 

@@ -23,3 +23,7 @@ class RequestError(PagemillError):
 
 class KernelUnavailable(PagemillError):
     """No implementation of a kernel takes what was asked; lists what was tried."""
+
+
+class OutputError(PagemillError):
+    """Results cannot be written where they were asked for; names the file and what is safe so far."""

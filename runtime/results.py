@@ -65,7 +65,11 @@ class PageResult:
             "footer": self.footer,
             "text": self.text,
             "finish_reason": self.finish_reason,
-            "tokens": {"image": self.tokens.image, "prompt": self.tokens.prompt, "output": self.tokens.output},
+            "tokens": {
+                "image": self.tokens.image,
+                "prompt": self.tokens.prompt,
+                "output": self.tokens.output,
+            },
             "seconds": {
                 "queued": round(self.seconds.queued, 4),
                 "prepare": round(self.seconds.prepare, 4),

@@ -18,7 +18,9 @@ from pagemill.scheduler import StepPlan
 from pagemill.sequence import Sequence, SequenceImage
 
 
-def block_bytes(model_layers: int, num_kv_heads: int, head_dim: int, block_size: int, dtype: torch.dtype) -> int:
+def block_bytes(
+    model_layers: int, num_kv_heads: int, head_dim: int, block_size: int, dtype: torch.dtype
+) -> int:
     """Bytes that one KV block takes over all layers, keys and values."""
     return 2 * model_layers * num_kv_heads * head_dim * block_size * dtype.itemsize
 
@@ -44,7 +46,10 @@ class Runner:
         k_shape, v_shape = kv_cache_shapes(num_blocks, text.num_kv_heads, text.head_dim, block_size)
         # Zero pages are given by the system at first write: an oversized budget costs no memory until it is used.
         self.kv_cache = [
-            (torch.zeros(k_shape, dtype=dtype, device=device), torch.zeros(v_shape, dtype=dtype, device=device))
+            (
+                torch.zeros(k_shape, dtype=dtype, device=device),
+                torch.zeros(v_shape, dtype=dtype, device=device),
+            )
             for _ in range(text.num_layers)
         ]
         self._block_tables = np.zeros((max_num_seqs, -(-max_model_len // block_size)), dtype=np.int32)

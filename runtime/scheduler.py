@@ -141,7 +141,9 @@ class Scheduler:
         copies, self.blocks.copies = self.blocks.copies, []
         return StepPlan(encode, copies, list(work.values()))
 
-    def update(self, plan: StepPlan, token_ids: list[int], logprobs: list[float], now: float = 0.0) -> list[Sequence]:
+    def update(
+        self, plan: StepPlan, token_ids: list[int], logprobs: list[float], now: float = 0.0
+    ) -> list[Sequence]:
         """Take a step's tokens: one for each sequence of `plan.work` whose last token was computed, in that order.
 
         Returns the sequences that ended, already released.
@@ -200,7 +202,9 @@ class Scheduler:
         """Raise `AssertionError` unless every block, row and image hold is explained by a live sequence."""
         self.blocks.check(seq.block_table for seq in self.running)
         if len(self._rows) + len(self.running) != self.max_num_seqs:
-            raise AssertionError(f"{len(self._rows)} rows free, {len(self.running)} running of {self.max_num_seqs}")
+            raise AssertionError(
+                f"{len(self._rows)} rows free, {len(self.running)} running of {self.max_num_seqs}"
+            )
         if self._committed != sum(seq.committed_blocks for seq in self.running):
             raise AssertionError(f"{self._committed} blocks committed, not what running sequences add up to")
         if not self.has_work and len(self.images):
@@ -263,7 +267,9 @@ class Scheduler:
         committed = blocks.blocks_for(min(num_tokens + remaining, seq.max_tokens))
         if self.running:
             now_missing = blocks.blocks_for(num_tokens) - len(shared)
-            if self._committed + committed > blocks.num_blocks or now_missing > blocks.num_free_besides(shared):
+            if self._committed + committed > blocks.num_blocks or now_missing > blocks.num_free_besides(
+                shared
+            ):
                 return None
         heappop(self._waiting)
         self.num_waiting -= 1

@@ -14,7 +14,9 @@ from pagemill.errors import ConfigError
 def digests(tokens, block_size):
     out, parent = [], b""
     for i in range(len(tokens) // block_size):
-        parent = hashlib.blake2b(parent + bytes(tokens[i * block_size : (i + 1) * block_size]), digest_size=16).digest()
+        parent = hashlib.blake2b(
+            parent + bytes(tokens[i * block_size : (i + 1) * block_size]), digest_size=16
+        ).digest()
         out.append(parent)
     return out
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 FIELDS = ("header", "margin", "footer", "text")
 _KEY = re.compile(r'(?<=[{,\s])"(header|margin|footer|text)"\s*:\s*')
-_ESCAPE = re.compile(r'\\(u[0-9a-fA-F]{4}|.)', re.DOTALL)
+_ESCAPE = re.compile(r"\\(u[0-9a-fA-F]{4}|.)", re.DOTALL)
 _ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "b": "\b", "f": "\f"}
 
 

@@ -89,7 +89,9 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read one JSON object from `path`; raise `CheckpointError` when it is missing, oversized or malformed."""
     try:
         if path.stat().st_size > _MAX_JSON_BYTES:
-            raise CheckpointError(f"{path} is larger than {_MAX_JSON_BYTES >> 20} MiB, too large for a settings file")
+            raise CheckpointError(
+                f"{path} is larger than {_MAX_JSON_BYTES >> 20} MiB, too large for a settings file"
+            )
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing: {path.parent} is not a whole checkpoint folder") from None
@@ -117,7 +119,9 @@ class _Fields:
         if isinstance(value, list) and len(set(map(repr, value))) == 1:  # patch_size may be written [14, 14]
             value = value[0]
         if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-            raise CheckpointError(f"{self.where}: {name} should be an integer from {low} to {high}, found {value!r}")
+            raise CheckpointError(
+                f"{self.where}: {name} should be an integer from {low} to {high}, found {value!r}"
+            )
         return value
 
     def number(self, name: str, default: float) -> float:
@@ -147,7 +151,9 @@ def read_config(folder: Path) -> ModelConfig:
         found = ", ".join(map(str, architectures)) or str(root.get("model_type", "none named"))
         raise CheckpointError(f"{path}: architecture {found} is not supported; pagemill runs {ARCHITECTURE}")
     if (quantization := root.get("quantization_config")) is not None:
-        method = quantization.get("quant_method", "unnamed") if isinstance(quantization, dict) else quantization
+        method = (
+            quantization.get("quant_method", "unnamed") if isinstance(quantization, dict) else quantization
+        )
         raise CheckpointError(
             f"{path}: this checkpoint is quantised ({method}), which is not supported yet; "
             "use the unquantised bfloat16 checkpoint of the same model"
@@ -158,7 +164,8 @@ def read_config(folder: Path) -> ModelConfig:
     vision = _read_vision(_Fields(f"{path} vision_config", root.get("vision_config") or {}), text.hidden_size)
     fields = _Fields(str(path), root)
     dtype = next(
-        (d for v in (root, text_values) for k in ("dtype", "torch_dtype") if isinstance(d := v.get(k), str)), "bfloat16"
+        (d for v in (root, text_values) for k in ("dtype", "torch_dtype") if isinstance(d := v.get(k), str)),
+        "bfloat16",
     )
     return ModelConfig(
         text=text,
@@ -191,7 +198,9 @@ def _read_text(f: _Fields, root: dict[str, Any]) -> TextConfig:
         rms_norm_eps=f.number("rms_norm_eps", 1e-6),
         rope_theta=theta.number("rope_theta", 1e6),
         mrope_section=(section[0], section[1], section[2]) if len(section) == 3 else (0, 0, 0),
-        tie_word_embeddings=bool(f.values.get("tie_word_embeddings") or root.get("tie_word_embeddings") or False),
+        tie_word_embeddings=bool(
+            f.values.get("tie_word_embeddings") or root.get("tie_word_embeddings") or False
+        ),
     )
     if config.hidden_size % config.num_heads or config.head_dim % 2:
         raise CheckpointError(
@@ -249,5 +258,7 @@ def _eos_token_ids(folder: Path, root: dict[str, Any], text: dict[str, Any]) -> 
             found = values.get("eos_token_id")
     ids = found if isinstance(found, list) else [found]
     if not ids or not all(isinstance(i, int) and i >= 0 for i in ids):
-        raise CheckpointError(f"{folder}: no usable eos_token_id in generation_config.json or config.json: {found!r}")
+        raise CheckpointError(
+            f"{folder}: no usable eos_token_id in generation_config.json or config.json: {found!r}"
+        )
     return frozenset(ids)

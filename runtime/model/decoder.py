@@ -56,7 +56,12 @@ class Decoder:
     """Weights and forward pass of the decoder."""
 
     def __init__(
-        self, config: TextConfig, weights: Checkpoint, kernels: Kernels, device: torch.device, dtype: torch.dtype
+        self,
+        config: TextConfig,
+        weights: Checkpoint,
+        kernels: Kernels,
+        device: torch.device,
+        dtype: torch.dtype,
     ) -> None:
         self.config, self.kernels = config, kernels
 
@@ -68,7 +73,9 @@ class Decoder:
             b = weights.read_rows([f"{n}.bias" for n in full]) if bias else None
             return kernels.pack_linear(weights.read_rows([f"{n}.weight" for n in full]).to(device), b)
 
-        self.embed_tokens = kernels.pack_linear(weights.read_rows(["text.embed_tokens.weight"]).to(device), None)
+        self.embed_tokens = kernels.pack_linear(
+            weights.read_rows(["text.embed_tokens.weight"]).to(device), None
+        )
         self.lm_head = self.embed_tokens
         if not config.tie_word_embeddings:
             self.lm_head = kernels.pack_linear(weights.read_rows(["lm_head.weight"]).to(device), None)

@@ -61,14 +61,18 @@ def _download(repo_id: str) -> Path:
     try:
         return Path(snapshot_download(repo_id, allow_patterns=_HUB_FILES))
     except GatedRepoError:
-        raise CheckpointError(f"{repo_id} is gated: accept its licence on the hub, then set HF_TOKEN") from None
+        raise CheckpointError(
+            f"{repo_id} is gated: accept its licence on the hub, then set HF_TOKEN"
+        ) from None
     except RepositoryNotFoundError:
         raise CheckpointError(f"{repo_id} is not on the hub, or is private and HF_TOKEN is missing") from None
     except HFValidationError:
         raise CheckpointError(f"{repo_id!r} is not a folder here and not a valid Hugging Face id") from None
     except LocalEntryNotFoundError:
         offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
-        raise CheckpointError(f"{repo_id} is not in the local cache and the hub cannot be reached{offline}") from None
+        raise CheckpointError(
+            f"{repo_id} is not in the local cache and the hub cannot be reached{offline}"
+        ) from None
     except (HfHubHTTPError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(f"{repo_id} could not be downloaded: {reason}") from None

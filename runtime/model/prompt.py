@@ -88,7 +88,9 @@ class Prompter:
         self.image_token_id = image_token_id
         self.image_token = self.tokenizer.id_to_token(image_token_id)
         if self.image_token is None:
-            raise CheckpointError(f"{path} has no token {image_token_id}, which config.json names as the image placeholder")
+            raise CheckpointError(
+                f"{path} has no token {image_token_id}, which config.json names as the image placeholder"
+            )
         self._template = _compile(_find_template(folder), folder)
 
     def render(self, messages: Sequence[dict[str, Any]]) -> str:
@@ -110,7 +112,9 @@ class Prompter:
         """Repeat each placeholder in `token_ids`; see `encode`."""
         found = sum(token == self.image_token_id for token in token_ids)
         if found != len(image_tokens):
-            raise RequestError(f"the prompt has {found} image placeholders ({self.image_token}) for {len(image_tokens)} images")
+            raise RequestError(
+                f"the prompt has {found} image placeholders ({self.image_token}) for {len(image_tokens)} images"
+            )
         expanded: list[int] = []
         starts: list[int] = []
         sizes = iter(image_tokens)
@@ -149,7 +153,9 @@ def _find_template(folder: Path) -> str:
                 template = next((t.get("template") for t in template if t.get("name") == "default"), None)
             if isinstance(template, str):
                 return template
-    raise CheckpointError(f"{folder} has no chat template (chat_template.jinja, .json, or in tokenizer_config.json)")
+    raise CheckpointError(
+        f"{folder} has no chat template (chat_template.jinja, .json, or in tokenizer_config.json)"
+    )
 
 
 def _compile(source: str, folder: Path) -> jinja2.Template:

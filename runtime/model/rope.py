@@ -53,7 +53,9 @@ class MRope:
     bits in every batch (vectorised cosines may round differently in the tail of an array).
     """
 
-    def __init__(self, head_dim: int, theta: float, section: tuple[int, int, int], device: torch.device) -> None:
+    def __init__(
+        self, head_dim: int, theta: float, section: tuple[int, int, int], device: torch.device
+    ) -> None:
         self._device = device
         self._inv_freq = 1.0 / (theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim))
         # [head_dim / 2]: which of the three positions turns this frequency

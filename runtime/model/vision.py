@@ -51,7 +51,12 @@ class VisionTower:
     """Weights and forward pass of the tower."""
 
     def __init__(
-        self, config: VisionConfig, weights: Checkpoint, kernels: Kernels, device: torch.device, dtype: torch.dtype
+        self,
+        config: VisionConfig,
+        weights: Checkpoint,
+        kernels: Kernels,
+        device: torch.device,
+        dtype: torch.dtype,
     ) -> None:
         self.config, self.kernels, self.device, self.dtype = config, kernels, device, dtype
 
@@ -145,4 +150,6 @@ class VisionTower:
         y = k.linear(k.gelu(k.linear(y, self.merger_in)), self.merger_out)
 
         sizes = [len(layout.cell_inverse) for layout in layouts]
-        return [part[layout.cell_inverse] for part, layout in zip(y.split(sizes), layouts, strict=True)]
+        return [
+            part[layout.cell_inverse] for part, layout in zip(torch.split(y, sizes), layouts, strict=True)
+        ]

@@ -116,7 +116,9 @@ class Checkpoint:
                     unexpected.append(name)
                     continue
                 if canonical in self._where:
-                    raise CheckpointError(f"{folder}: {name} and {self._where[canonical][1]} name the same weight")
+                    raise CheckpointError(
+                        f"{folder}: {name} and {self._where[canonical][1]} name the same weight"
+                    )
                 self._where[canonical] = (path, name)
                 self._check_header(path, name, expected[canonical])
         missing = [name for name in expected if name not in self._where]
@@ -149,7 +151,9 @@ class Checkpoint:
                 f"{self.folder} holds only pickled weights, which can run code; convert them to safetensors first"
             )
         else:
-            raise CheckpointError(f"{self.folder} holds neither model.safetensors nor model.safetensors.index.json")
+            raise CheckpointError(
+                f"{self.folder} holds neither model.safetensors nor model.safetensors.index.json"
+            )
 
     def _file(self, path: Path) -> Any:
         if path != self._open_path or self._bytes_since_open > _REOPEN_BYTES:
@@ -157,7 +161,9 @@ class Checkpoint:
             try:
                 self._open_file = safe_open(path, framework="pt")
             except FileNotFoundError:
-                raise CheckpointError(f"{path} is missing: the index names it; download the checkpoint again") from None
+                raise CheckpointError(
+                    f"{path} is missing: the index names it; download the checkpoint again"
+                ) from None
             except (SafetensorError, OSError, json.JSONDecodeError) as error:
                 raise CheckpointError(
                     f"{path} is truncated or not a safetensors file ({error}); download it again"
@@ -175,7 +181,9 @@ class Checkpoint:
                 f"{path}: {name} is stored as {found.get_dtype()}; supported are bf16, fp16 and fp32"
             )
         if tuple(found.get_shape()) != shape:
-            raise CheckpointError(f"{path}: {name} has shape {list(found.get_shape())}, config.json implies {list(shape)}")
+            raise CheckpointError(
+                f"{path}: {name} has shape {list(found.get_shape())}, config.json implies {list(shape)}"
+            )
 
     def read(self, name: str) -> Tensor:
         """Return the tensor of canonical `name`, in its stored dtype, on the CPU, sharing the mapped file."""

@@ -14,10 +14,14 @@ pages = st.dictionaries(st.sampled_from(PageFields._fields), values, min_size=1)
 
 @given(pages, st.booleans())
 def test_valid_json_is_read_exactly(page, ascii_only):
-    assert parse_page(json.dumps(page, ensure_ascii=ascii_only)) == PageFields(*map(page.get, PageFields._fields))
+    assert parse_page(json.dumps(page, ensure_ascii=ascii_only)) == PageFields(
+        *map(page.get, PageFields._fields)
+    )
 
 
-@given(st.text(st.characters(exclude_characters='"\\{}', exclude_categories=["Cs", "Cc"]), min_size=1), st.data())
+@given(
+    st.text(st.characters(exclude_characters='"\\{}', exclude_categories=["Cs", "Cc"]), min_size=1), st.data()
+)
 def test_a_cut_answer_keeps_what_was_read(text, data):
     raw = json.dumps({"header": "H", "margin": None, "footer": None, "text": text}, ensure_ascii=False)
     start = raw.index('"text": "') + len('"text": "')

@@ -54,7 +54,9 @@ def test_draws_follow_the_distribution_of_transformers(params):
     if "top_p" in params:
         warpers.append(TopPLogitsWarper(params["top_p"]))
     expected = warpers(torch.tensor([history]), logits.clone()).softmax(-1)[0].numpy()
-    drawn = np.bincount([t[0] for t in draw(logits, SamplingParams(seed=1, **params), [history], n)], minlength=20)
+    drawn = np.bincount(
+        [t[0] for t in draw(logits, SamplingParams(seed=1, **params), [history], n)], minlength=20
+    )
     assert not drawn[expected == 0].any(), "a token outside the kept set"
     assert np.abs(drawn / n - expected).max() < 0.035
 
@@ -99,5 +101,3 @@ def test_impossible_parameters_are_refused_by_name(bad):
 def test_stop_accepts_one_string_or_a_list():
     assert SamplingParams(stop="x").stop == ("x",)
     assert SamplingParams(stop=["x", "y"]).stop == ("x", "y")
-
-

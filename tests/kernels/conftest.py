@@ -1,11 +1,12 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import pagemill._native as _native
 import pytest
 import torch
-from pagemill.kernels import Kernels, kv_cache_shapes, select
 from torch import Tensor
+
+import pagemill._native as _native
+from pagemill.kernels import Kernels, kv_cache_shapes, select
 
 CPU = torch.device("cpu")
 IMPLEMENTATIONS = ["reference", *(f"native-{isa}" for isa in _native.isas())]

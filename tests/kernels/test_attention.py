@@ -1,9 +1,9 @@
-import pagemill._native as _native
 import pytest
 import torch
-from pagemill.kernels import Kernels
 from torch import Tensor
 
+import pagemill._native as _native
+from pagemill.kernels import Kernels
 from tests.kernels.conftest import Cache, assert_close, starts
 
 

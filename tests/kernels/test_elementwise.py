@@ -1,11 +1,11 @@
 import math
 
-import pagemill._native as _native
 import pytest
 import torch
-from pagemill.kernels import Kernels
 from torch import Tensor
 
+import pagemill._native as _native
+from pagemill.kernels import Kernels
 from tests.kernels.conftest import assert_close
 
 WIDTHS = [1, 2, 7, 15, 16, 17, 31, 33, 64, 80, 1280, 2049]

@@ -1,8 +1,8 @@
-import pagemill._native as _native
 import pytest
 import torch
-from pagemill.kernels import Kernels
 
+import pagemill._native as _native
+from pagemill.kernels import Kernels
 from tests.kernels.conftest import assert_close
 
 SHAPES = [

@@ -23,17 +23,28 @@ SHAPES = {
     ),
     "no GQA, head 32, window of one cell": (
         dict(hidden_size=64, num_attention_heads=2, num_key_value_heads=2, mrope_section=[4, 6, 6]),
-        dict(hidden_size=32, num_heads=2, intermediate_size=50, depth=2, fullatt_block_indexes=[0], window_size=28),
+        dict(
+            hidden_size=32,
+            num_heads=2,
+            intermediate_size=50,
+            depth=2,
+            fullatt_block_indexes=[0],
+            window_size=28,
+        ),
     ),
     "all windows, untied": (
-        dict(hidden_size=96, num_attention_heads=3, num_key_value_heads=1, mrope_section=[4, 6, 6], tie=False),
+        dict(
+            hidden_size=96, num_attention_heads=3, num_key_value_heads=1, mrope_section=[4, 6, 6], tie=False
+        ),
         dict(hidden_size=48, num_heads=3, intermediate_size=64, depth=2, fullatt_block_indexes=[]),
     ),
 }
 IMAGE, VOCAB = 90, 100
 
 
-def random_checkpoint(folder: Path, text: dict, vision: dict, seed: int = 0) -> Qwen2_5_VLForConditionalGeneration:
+def random_checkpoint(
+    folder: Path, text: dict, vision: dict, seed: int = 0
+) -> Qwen2_5_VLForConditionalGeneration:
     text = dict(text)
     tie = text.pop("tie", True)
     section = text.pop("mrope_section")
@@ -84,7 +95,7 @@ def our_logits(folder, token_ids, patches, grids, kind, chunk=None, block_size=1
         at = token_ids.index(config.image_token_id, at)
         starts.append(at)
         at += grid[0] * grid[1] * grid[2] // merge**2
-    positions, delta = mrope_positions(len(token_ids), list(zip(starts, grids, strict=True)), merge)
+    positions, _ = mrope_positions(len(token_ids), list(zip(starts, grids, strict=True)), merge)
     n = len(token_ids)
     num_blocks = -(-n // block_size)
     shapes = kv_cache_shapes(num_blocks, t.num_kv_heads, t.head_dim, block_size)
@@ -130,7 +141,14 @@ def prompt_of(grids, image_token, text=(3, 4, 5), tail=(6, 7, 8, 9)):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize(
     "grids",
-    [[], [(1, 2, 2)], [(1, 10, 6)], [(1, 18, 22)], [(1, 4, 26), (1, 14, 2)], [(1, 8, 8), (1, 8, 8), (1, 2, 30)]],
+    [
+        [],
+        [(1, 2, 2)],
+        [(1, 10, 6)],
+        [(1, 18, 22)],
+        [(1, 4, 26), (1, 14, 2)],
+        [(1, 8, 8), (1, 8, 8), (1, 2, 30)],
+    ],
     ids=["no image", "one cell", "odd cells", "windows and rests", "two flat images", "three images"],
 )
 def test_logits_of_random_shapes(tmp_path, shape, grids, kind):

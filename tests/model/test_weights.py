@@ -95,7 +95,12 @@ def test_missing_vision_fields_take_the_class_defaults(tmp_path):
     folder = micro(tmp_path)
     edit(folder, lambda c: c.update(vision_config={"hidden_size": 1280}, hidden_size=48))
     vision = read_config(folder).vision
-    assert (vision.depth, vision.intermediate_size, vision.num_heads, vision.window_cells) == (32, 3420, 16, 4)
+    assert (vision.depth, vision.intermediate_size, vision.num_heads, vision.window_cells) == (
+        32,
+        3420,
+        16,
+        4,
+    )
     assert vision.full_attention_blocks == {7, 15, 23, 31}
 
 
@@ -106,11 +111,23 @@ def change_tensors(folder, change):
 
 
 DAMAGE = {
-    "missing": (lambda t: t.pop("visual.blocks.1.norm2.weight"), r"1 of \d+ weights are missing.*vision.blocks.1.norm2"),
-    "unexpected": (lambda t: t.update({"model.layers.9.x": torch.zeros(1)}), r"do not belong.*model.layers.9.x"),
+    "missing": (
+        lambda t: t.pop("visual.blocks.1.norm2.weight"),
+        r"1 of \d+ weights are missing.*vision.blocks.1.norm2",
+    ),
+    "unexpected": (
+        lambda t: t.update({"model.layers.9.x": torch.zeros(1)}),
+        r"do not belong.*model.layers.9.x",
+    ),
     "unknown name": (lambda t: t.update({"adapter.x": torch.zeros(1)}), r"do not belong.*adapter.x"),
-    "mis-shaped": (lambda t: t.update({"model.norm.weight": torch.zeros(7)}), r"model.norm.weight has shape \[7\].*\[48\]"),
-    "integer": (lambda t: t.update({"model.norm.weight": torch.zeros(48, dtype=torch.int8)}), r"stored as I8"),
+    "mis-shaped": (
+        lambda t: t.update({"model.norm.weight": torch.zeros(7)}),
+        r"model.norm.weight has shape \[7\].*\[48\]",
+    ),
+    "integer": (
+        lambda t: t.update({"model.norm.weight": torch.zeros(48, dtype=torch.int8)}),
+        r"stored as I8",
+    ),
     "named twice": (
         lambda t: t.update({"model.language_model.norm.weight": torch.zeros(48)}),
         r"model.norm.weight and model.language_model.norm.weight|model.language_model.norm.weight and model.norm.weight",
@@ -180,13 +197,19 @@ CONFIG_DAMAGE = {
     ),
     "quantised": (lambda c: c.update(quantization_config={"quant_method": "awq"}), r"quantised \(awq\)"),
     "negative size": (lambda c: c.update(hidden_size=-48), "hidden_size should be an integer"),
-    "text for a number": (lambda c: c.update(num_hidden_layers="2"), "num_hidden_layers should be an integer"),
+    "text for a number": (
+        lambda c: c.update(num_hidden_layers="2"),
+        "num_hidden_layers should be an integer",
+    ),
     "absurd depth": (lambda c: c["vision_config"].update(depth=10**9), "depth should be an integer"),
     "heads do not divide": (lambda c: c.update(num_attention_heads=5), "does not divide into 5 heads"),
     "uneven GQA": (lambda c: c.update(num_key_value_heads=2), "do not share 2 key/value heads evenly"),
     "sections": (lambda c: c.update(rope_scaling={"mrope_section": [1, 2]}), "mrope_section"),
     "other rope": (lambda c: c.update(rope_scaling={"type": "yarn"}), "rope type 'yarn' is not supported"),
-    "widths differ": (lambda c: c["vision_config"].update(out_hidden_size=64), "differs from the decoder's 48"),
+    "widths differ": (
+        lambda c: c["vision_config"].update(out_hidden_size=64),
+        "differs from the decoder's 48",
+    ),
     "vision is a list": (lambda c: c.update(vision_config=[1]), "should be a JSON object"),
 }
 

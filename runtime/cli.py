@@ -1,0 +1,291 @@
+"""The command line: `pagemill read` and `pagemill describe`."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from pagemill import __version__
+from pagemill.errors import ConfigError, PagemillError
+
+if TYPE_CHECKING:
+    from pagemill.engine import Engine
+    from pagemill.jobs import Output
+
+EXIT_PAGE_FAILED = 1
+EXIT_USAGE = 2
+EXIT_BUG = 70  # EX_SOFTWARE of sysexits.h
+EXIT_INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
+EXIT_PIPE_CLOSED = 141  # 128 + SIGPIPE
+
+app = typer.Typer(
+    help="Document pages into structured text. Start with [bold]pagemill read scan.png[/].",
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    no_args_is_help=True,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+_stderr = Console(stderr=True)
+
+
+_Device = Literal["cpu", "cuda"]
+_DType = Literal["auto", "bfloat16", "float32"]
+
+_Model = Annotated[
+    str,
+    typer.Option(
+        "--model",
+        "-m",
+        metavar="NAME|DIR|ID",
+        help="pagemill-tiny (embedded), a folder, or a Hugging Face id.",
+    ),
+]
+_DeviceOption = Annotated[_Device, typer.Option("--device", help="Where the model runs.")]
+_DTypeOption = Annotated[
+    _DType, typer.Option("--dtype", help="Arithmetic; auto is what the checkpoint is stored in.")
+]
+_Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"pagemill {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command(
+    epilog="[bold]Exit code[/] 0: every page was read (degenerate pages count as read, with a warning). "
+    "1: a page failed. 2: wrong usage, configuration or checkpoint, or the output cannot be written. "
+    "130: interrupted."
+)
+def read(
+    inputs: Annotated[
+        list[str], typer.Argument(metavar="INPUT...", help="Images, PDF and TIFF files, folders, or globs.")
+    ],
+    model: _Model = "pagemill-tiny",
+    output: Annotated[
+        str, typer.Option("-o", "--output", metavar="OUT", help="File to write; - is standard output.")
+    ] = "-",
+    format: Annotated[
+        Literal["jsonl", "json", "md", "txt"] | None,
+        typer.Option("--format", help="By default what the suffix of OUT says; jsonl for standard output."),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with OUT: pages that it holds are not read again.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT.")] = False,
+    max_new_tokens: Annotated[
+        int | None, typer.Option("--max-new-tokens", min=1, metavar="N", help="Longest answer for a page.")
+    ] = None,
+    dpi: Annotated[
+        float | None,
+        typer.Option(
+            "--dpi", min=1, max=2400, metavar="N", help="PDF rendering; by default what the model likes."
+        ),
+    ] = None,
+    device: _DeviceOption = "cpu",
+    dtype: _DTypeOption = "auto",
+    quantize: Annotated[
+        Literal["int8", "int4"] | None,
+        typer.Option("--quantize", help="Quantise the weights (not supported yet)."),
+    ] = None,
+    concurrency: Annotated[
+        int | None, typer.Option("--concurrency", min=1, metavar="N", help="Pages in the model at a time.")
+    ] = None,
+    kv_cache_gb: Annotated[
+        float | None,
+        typer.Option("--kv-cache-gb", min=0, metavar="X", help="Memory for the KV cache, in GB."),
+    ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no summary.")] = False,
+    debug: _Debug = False,
+) -> None:
+    """Read pages and write one record a page.
+
+    A record is on disk before its page counts as done.
+    A run that was stopped, even by kill -9, goes on with --resume:
+    no page is lost or written twice.
+    One bad page never takes the others down. A file named twice is read once.
+
+    [bold]Examples[/]
+
+        pagemill read scan.png
+
+        pagemill read scans/ contract.pdf -o pages.jsonl
+
+        pagemill read scans/ contract.pdf -o pages.jsonl --resume
+
+        pagemill read "inbox/*.pdf" -o inbox.md --model ./checkpoint
+
+        pagemill read book.pdf --format txt | less
+    """
+    with _sentences(debug):
+        if quantize is not None:
+            raise ConfigError(
+                f"--quantize {quantize} is not supported yet: leave it out to run the checkpoint as it is."
+            )
+        # Here and below: what is slow to import waits until it is needed, so that --help is instant.
+        from pagemill.jobs import list_inputs, open_output, run
+        from pagemill.jobs.progress import ProgressReport, summary
+
+        found = list_inputs(inputs)
+        if found.repeated and not quiet:
+            _say(f"{found.repeated} of the inputs name a file a second time: each file is read once.")
+        with open_output(output, format, resume=resume, overwrite=overwrite) as target:
+            already = target.statuses.total()
+            if already and not quiet:
+                _say(f"{already} pages are in {target.name} already.")
+            with _load(model, device, dtype, concurrency=concurrency, kv_cache_gb=kv_cache_gb) as engine:
+                from pagemill.decode.sampler import SamplingParams
+
+                params = None if max_new_tokens is None else SamplingParams(max_new_tokens=max_new_tokens)
+                to_terminal = not target.resumable and sys.stdout.isatty()
+                live = _stderr.is_terminal and not quiet and not to_terminal
+                report = ProgressReport(_stderr, found, already=already, live=live)
+                on_page = None if quiet else report.on_page
+                try:
+                    with report if not quiet else nullcontext():
+                        totals = run(engine, found, target, params=params, dpi=dpi, on_page=on_page)
+                except KeyboardInterrupt:
+                    _say(_how_to_resume(target, sys.argv[1:]))
+                    raise
+            if not quiet:
+                _say(summary(totals, target.name))
+            if totals.failed:
+                raise typer.Exit(EXIT_PAGE_FAILED)
+
+
+@app.command()
+def describe(
+    model: _Model = "pagemill-tiny",
+    device: _DeviceOption = "cpu",
+    dtype: _DTypeOption = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, also on a terminal.")] = False,
+    debug: _Debug = False,
+) -> None:
+    """Load a model and print what would run: dtype, kernels, memory. JSON when not on a terminal."""
+    with _sentences(debug):
+        with _load(model, device, dtype) as engine:
+            facts = engine.describe()
+        if as_json or not sys.stdout.isatty():
+            print(json.dumps(facts, indent=2, ensure_ascii=False, default=str), flush=True)
+            return
+        table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+        table.add_column(style="bold")
+        for name, value in _flat(facts):
+            table.add_row(escape(name), escape(value))
+        Console().print(table)
+
+
+def main() -> None:
+    """Run the command line."""
+    _interrupt_once_then_quit()
+    app()
+
+
+def _load(
+    model: str,
+    device: _Device,
+    dtype: _DType,
+    *,
+    concurrency: int | None = None,
+    kv_cache_gb: float | None = None,
+) -> Engine:
+    # Torch's OpenMP threads would spin between its operations and take the cores from the native kernels'
+    # own threads. OpenMP reads this once, when torch is loaded.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    from pagemill.engine import Engine
+
+    options: dict[str, Any] = {}
+    if concurrency is not None:
+        options["max_num_seqs"] = concurrency
+    if kv_cache_gb is not None:
+        options["kv_cache_bytes"] = int(kv_cache_gb * 1e9)
+    return Engine.from_pretrained(model, device=device, dtype=dtype, **options)
+
+
+@contextmanager
+def _sentences(debug: bool) -> Iterator[None]:
+    """Turn every error into one sentence on standard error and an exit code."""
+    try:
+        yield
+    except (typer.Exit, typer.Abort):
+        raise
+    except KeyboardInterrupt:
+        raise typer.Exit(EXIT_INTERRUPTED) from None
+    except BrokenPipeError:
+        raise typer.Exit(EXIT_PIPE_CLOSED) from None
+    except PagemillError as error:
+        if debug:
+            traceback.print_exc()
+        _say(f"[red]error:[/] {escape(str(error))}", markup=True)
+        raise typer.Exit(EXIT_USAGE) from None
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        hint = "" if debug else " (--debug shows where)"
+        _say(
+            f"[red]error:[/] {escape(f'{type(error).__name__}: {error}')}; this is a bug in pagemill{hint}.",
+            markup=True,
+        )
+        raise typer.Exit(EXIT_BUG) from None
+
+
+def _say(text: str, *, markup: bool = False) -> None:
+    _stderr.print(text, markup=markup, highlight=False, soft_wrap=True)
+
+
+def _how_to_resume(output: Output, arguments: list[str]) -> str:
+    if not output.resumable:
+        return "interrupted."
+    again = [argument for argument in arguments if argument != "--overwrite"]
+    if "--resume" not in again:
+        again.append("--resume")
+    return f"interrupted; finished pages are safe. Go on with: {shlex.join(['pagemill', *again])}"
+
+
+def _flat(facts: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    for name, value in facts.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", str(value)
+
+
+def _interrupt_once_then_quit() -> None:
+    """Make the first Ctrl-C a KeyboardInterrupt, which winds up; the second one leaves at once."""
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        return  # a shell that starts us in the background has it ignored
+    interrupted = False
+
+    def handle(signum: int, frame: FrameType | None) -> None:
+        nonlocal interrupted
+        if interrupted:
+            _stderr.show_cursor(True)
+            os._exit(EXIT_INTERRUPTED)
+        interrupted = True
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, handle)

@@ -1,0 +1,101 @@
+"""One batch run: what the engine reads goes to the output, once, and is counted when it is safe there."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Container, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+from pagemill.jobs.inputs import Inputs
+from pagemill.jobs.output import Output
+from pagemill.results import PageResult
+
+if TYPE_CHECKING:
+    from pagemill.decode.sampler import SamplingParams
+
+
+class PageReader(Protocol):
+    """What a run needs of an engine."""
+
+    def read(
+        self,
+        inputs: Sequence[str],
+        *,
+        params: SamplingParams | None = None,
+        dpi: float | None = None,
+        skip: Container[tuple[str, int]] = (),
+    ) -> Iterator[PageResult]:
+        """Yield a result for every page that is not in `skip`, in order of completion."""
+
+
+@dataclass
+class Totals:
+    """Counts of one run. Everything counted is safe in the output."""
+
+    started: float = field(default_factory=time.monotonic)
+    statuses: Counter[str] = field(default_factory=Counter)
+    """Pages of this run by status."""
+    earlier: Counter[str] = field(default_factory=Counter)
+    """Pages that the output held before this run, by status."""
+    output_tokens: int = 0
+    seconds: float = 0.0
+    """Wall clock from the start of reading to the page counted last."""
+    failures: list[PageResult] = field(default_factory=list)
+    """The first few pages that failed in this run."""
+
+    @property
+    def pages(self) -> int:
+        """Pages of this run."""
+        return self.statuses.total()
+
+    @property
+    def failed(self) -> int:
+        """Pages with status `error` in the output, earlier runs included."""
+        return self.statuses["error"] + self.earlier["error"]
+
+    def add(self, result: PageResult) -> None:
+        """Count one page."""
+        self.statuses[result.status] += 1
+        self.output_tokens += result.tokens.output
+        self.seconds = time.monotonic() - self.started
+        if result.status == "error" and len(self.failures) < 5:
+            self.failures.append(result)
+
+
+def run(
+    engine: PageReader,
+    inputs: Inputs,
+    output: Output,
+    *,
+    params: SamplingParams | None = None,
+    dpi: float | None = None,
+    on_page: Callable[[PageResult, Totals], None] | None = None,
+) -> Totals:
+    """Read every page of `inputs` that `output` does not hold yet; return the counts.
+
+    `on_page` is called after each page that is safe in the output, from another thread. A KeyboardInterrupt
+    drops the pages that are being read, keeps the finished ones and is raised again; so is an OutputError.
+    """
+    totals = Totals(earlier=output.statuses)
+
+    def written(result: PageResult) -> None:
+        totals.add(result)
+        if on_page is not None:
+            on_page(result, totals)
+
+    finished = output.finished
+    try:
+        with output.writer(written) as writer:
+            for result in inputs.unreadable:
+                if (result.source, result.page) not in finished:
+                    writer.put(result)
+            for result in engine.read(inputs.sources, params=params, dpi=dpi, skip=finished):
+                writer.put(result)
+    except KeyboardInterrupt:
+        if not output.resumable:
+            output.finish(inputs.ranks)  # a stream gets what there is
+        raise
+    output.finish(inputs.ranks)
+    return totals

@@ -1,0 +1,86 @@
+"""Finished pages as one document: a JSON array, Markdown, or plain text with a form feed between pages."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from pagemill.jobs.journal import sync_folder
+
+Record = dict[str, Any]
+
+
+def write_atomically(path: Path, chunks: Iterable[str]) -> None:
+    """Write `path` whole or not at all: a file beside it, fsync, rename. Raises OSError."""
+    beside = path.with_name(path.name + ".tmp")
+    try:
+        with open(beside, "wb") as file:
+            for chunk in chunks:
+                file.write(chunk.encode("utf-8", "backslashreplace"))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
+    sync_folder(path)
+
+
+def as_json(records: Iterable[Record]) -> Iterator[str]:
+    """Yield a JSON array of the records, one record a line."""
+    before = "[\n"
+    for record in records:
+        yield before + json.dumps(record, ensure_ascii=False, separators=(",", ":"))
+        before = ",\n"
+    yield "[]\n" if before == "[\n" else "\n]\n"
+
+
+def as_markdown(records: Iterable[Record]) -> Iterator[str]:
+    """Yield Markdown: a heading a source, a heading a page, the text as the model wrote it.
+
+    Header, margin and footer are quoted and labelled; what went wrong with a page is a quote too.
+    """
+    source: str | None = None
+    for record in records:
+        if record["source"] != source:
+            if source is not None:
+                yield "\n"
+            source = record["source"]
+            yield f"# {source}\n"
+        yield f"\n## Page {record['page']}\n"
+        if record["status"] == "error":
+            yield "\n" + _quote("error", record["error"] or "unknown")
+            continue
+        if record["status"] == "degenerate":
+            yield "\n" + _quote("warning", "the model fell into repetition on this page")
+        for name in ("header", "margin"):
+            if record[name]:
+                yield "\n" + _quote(name, record[name])
+        if record["text"]:
+            yield "\n" + record["text"].strip("\n") + "\n"
+        if record["footer"]:
+            yield "\n" + _quote("footer", record["footer"])
+
+
+def _quote(label: str, text: str) -> str:
+    first, *rest = text.strip().split("\n")
+    return "".join(f"> {line}\n" for line in [f"*{label}:* {first}", *rest])
+
+
+def as_text(records: Iterable[Record]) -> Iterator[str]:
+    """Yield plain text: header, text, margin and footer of each page; form feeds only between pages."""
+    between = ""
+    for record in records:
+        if record["status"] == "error":
+            page = f"{record['source']}, page {record['page']}"
+            blocks = [f"[{page} was not read: {record['error'] or 'unknown'}]"]
+        else:
+            blocks = [record[name] for name in ("header", "text", "margin", "footer") if record[name]]
+        yield between + "\n\n".join(block.replace("\f", "\n").strip("\n") for block in blocks) + "\n"
+        between = "\f"
+
+
+RENDERERS = {"json": as_json, "md": as_markdown, "txt": as_text}

@@ -1,0 +1,312 @@
+"""The public engine on the embedded model: what it reads, and that one bad page costs no other."""
+
+import asyncio
+import gc
+import json
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pagemill import Engine, Request, SamplingParams
+from pagemill.errors import CheckpointError, ConfigError, KernelUnavailable
+
+PAGES = Path(__file__).parents[1] / "bench" / "pages"
+
+
+def reference():
+    with open(PAGES / "reference_hf_fp32.jsonl", encoding="utf-8") as f:
+        return {str(PAGES / row["file"]): row for row in map(json.loads, f)}
+
+
+@pytest.fixture(scope="module")
+def engine():
+    with Engine.from_pretrained("pagemill-tiny", dtype="float32", max_num_seqs=16) as engine:
+        yield engine
+
+
+def is_idle(engine):
+    engine.core.scheduler.check()
+    return (
+        not engine.core.scheduler.has_work
+        and engine.core.blocks.num_free == engine.core.blocks.num_blocks
+        and not engine._tickets
+    )
+
+
+def wait_idle(engine):
+    done = threading.Event()
+    for _ in range(500):
+        if is_idle(engine):
+            return
+        done.wait(0.01)
+    raise AssertionError("the engine still holds something")
+
+
+def test_every_sample_page_reads_as_transformers_does(engine):
+    """Greedy tokens identical to transformers in float32, page by page, in one shared batch of strangers."""
+    expected = reference()
+    files = sorted(expected)
+    seen = set()
+    for page in engine.read(files):
+        row = expected[page.source]
+        assert page.status in ("ok", "degenerate"), page.error
+        assert page.raw == row["text"], page.source
+        assert page.tokens.prompt == row["prompt_tokens"]
+        assert page.tokens.output == len(row["token_ids"])
+        assert page.tokens.image == np.prod(row["image_grid_thw"]) // 4
+        assert page.finish_reason == ("stop" if row["token_ids"][-1] == 2036 else "length")
+        assert page.seconds.vision > 0
+        assert page.seconds.decode > 0
+        seen.add(page.source)
+    assert seen == set(files)
+    wait_idle(engine)
+
+
+def test_token_ids_through_generate(engine):
+    expected = reference()
+    files = sorted(expected)[:3]
+    content = [{"type": "image"}, {"type": "text", "text": "Extraia o texto da página em JSON."}]
+    chat = [{"role": "user", "content": content}]
+    requests = [Request(chat, images=[file], request_id=file) for file in files]
+    outputs = engine.generate(requests, SamplingParams(logprobs=True))
+    for file, output in zip(files, outputs, strict=True):
+        assert output.request_id == file
+        assert output.token_ids == expected[file]["token_ids"]
+        assert len(output.logprobs) == len(output.token_ids)
+        assert all(lp <= 0 for lp in output.logprobs)
+
+
+def test_pdf_pages_come_out_of_a_pdf(engine):
+    truth = [
+        json.loads(line) for line in (PAGES / "pdf_truth.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
+    results = {(r.source, r.page): r for r in engine.read([str(p) for p in sorted(PAGES.glob("*.pdf"))])}
+    assert {(Path(s).name, p) for s, p in results} == {(t["file"], t["page"]) for t in truth}
+    for row in truth:
+        page = results[str(PAGES / row["file"]), row["page"]]
+        want = set(row["truth"]["text"].split())
+        assert len(want & set((page.text or "").split())) / len(want) > 0.4, (page.source, page.page)
+
+
+def test_text_only_requests_and_all_kinds_of_prompt(engine):
+    as_text = engine.generate(
+        [Request("<|im_start|>user\nabc<|im_end|>\n<|im_start|>assistant\n")],
+        SamplingParams(max_new_tokens=5),
+    )
+    ids = engine.core.prompter.encode("<|im_start|>user\nabc<|im_end|>\n<|im_start|>assistant\n", [])[0]
+    as_ids = engine.generate([Request(ids)], SamplingParams(max_new_tokens=5))
+    assert as_text[0].token_ids == as_ids[0].token_ids
+    assert engine.generate([]) == []
+
+
+def test_bad_pages_cost_no_other_page(engine, tmp_path):
+    good = sorted(reference())[0]
+    (tmp_path / "empty.png").write_bytes(b"")
+    (tmp_path / "text.png").write_text("not an image")
+    (tmp_path / "cut.png").write_bytes(Path(good).read_bytes()[:5000])
+    Image.new("RGB", (6000, 20)).save(tmp_path / "thin.png")
+    inputs = [str(tmp_path / name) for name in ("empty.png", "text.png", "cut.png", "thin.png")]
+    results = {r.source: r for r in engine.read([*inputs, good])}
+    assert results[good].raw == reference()[good]["text"]
+    for source in inputs:
+        page = results[source]
+        assert (page.status, page.finish_reason, page.page) == ("error", "error", 1)
+        assert page.error
+        assert "\n" not in page.error
+        assert Path(source).name in page.error
+        assert page.text is None
+    wait_idle(engine)
+
+
+def test_a_one_pixel_page_is_read_like_any_other(engine, tmp_path):
+    Image.new("RGB", (1, 1), "white").save(tmp_path / "dot.png")
+    (page,) = engine.read(str(tmp_path / "dot.png"), params=SamplingParams(max_new_tokens=5))
+    assert page.status == "ok"
+    assert page.tokens.image == 16, "enlarged to min_pixels"
+
+
+def test_a_page_too_large_for_the_context_is_one_record(tmp_path):
+    Image.new("RGB", (1000, 1000), "white").save(tmp_path / "large.png")
+    good = sorted(reference())[0]
+    with Engine.from_pretrained("pagemill-tiny", max_model_len=1000) as engine:
+        results = {
+            r.source: r
+            for r in engine.read([str(tmp_path / "large.png"), good], params=SamplingParams(max_new_tokens=4))
+        }
+    bad = results[str(tmp_path / "large.png")]
+    assert bad.status == "error"
+    assert "the context holds 1000" in bad.error
+    assert results[good].status == "ok"
+
+
+def test_skip_and_degenerate(engine):
+    files = sorted(reference())[:2]
+    assert [
+        r.source for r in engine.read(files, skip={(files[0], 1)}, params=SamplingParams(max_new_tokens=3))
+    ] == files[1:]
+
+
+def test_leaving_early_cancels_the_rest(engine):
+    for _ in engine.read(sorted(reference())[:8]):
+        break
+    gc.collect()
+    wait_idle(engine)
+
+
+def test_callers_share_one_engine(engine):
+    expected, files = reference(), sorted(reference())[:6]
+    out = {}
+
+    def work(mine):
+        for page in engine.read(mine):
+            out[page.source] = page.raw
+
+    threads = [threading.Thread(target=work, args=(files[i::3],)) for i in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert out == {file: expected[file]["text"] for file in files}
+
+
+def test_stream_grows_and_ends(engine):
+    file = sorted(reference())[0]
+    prompt = engine.page_prompt
+
+    async def one():
+        texts = []
+        async for output in engine.stream(Request(prompt, [file])):
+            texts.append(output.text)
+            last = output
+        return texts, last
+
+    async def both():
+        return await asyncio.gather(one(), one())
+
+    for texts, last in asyncio.run(both()):
+        assert last.finish_reason == "stop"
+        assert last.text == reference()[file]["text"]
+        assert len(texts) > 5
+        assert all(last.text.startswith(text.rstrip("\ufffd")) for text in texts)
+
+
+def test_a_stream_left_early_is_cancelled(engine):
+    async def leave():
+        stream = engine.stream(Request(engine.page_prompt, [sorted(reference())[0]]))
+        async for _ in stream:
+            break
+        await stream.aclose()
+
+    asyncio.run(leave())
+    wait_idle(engine)
+
+
+def test_a_stream_whose_loop_has_ended_harms_nobody(engine):
+    async def abandon():
+        stream = engine.stream(Request(engine.page_prompt, [sorted(reference())[0]]))
+        await anext(stream)
+        return stream  # neither finished nor closed when its loop ends
+
+    stream = asyncio.run(abandon())
+    wait_idle(engine)
+    del stream
+    (page,) = engine.read(sorted(reference())[0], params=SamplingParams(max_new_tokens=2))
+    assert page.status == "ok"
+
+
+def test_closing_ends_what_runs():
+    engine = Engine.from_pretrained("pagemill-tiny")
+    pages = engine.read(sorted(reference())[:4])
+    threading.Timer(0.3, engine.close).start()
+    results = list(pages)
+    assert len(results) == 4
+    assert any(r.error and "closed" in r.error for r in results)
+    (late,) = engine.generate([Request("text")])
+    assert late.error == "the engine is closed"
+
+
+def test_bad_requests_answer_with_their_reason(engine):
+    good = sorted(reference())[0]
+    outputs = engine.generate(
+        [
+            Request(engine.page_prompt),  # a placeholder and no image
+            Request("no placeholder", [good]),
+            Request(engine.page_prompt, ["/no/such/file.png"]),
+            Request([{"role": "user", "content": 5}]),
+            Request(engine.page_prompt, [np.zeros((0, 5, 3), np.uint8)]),
+            Request("", []),
+            Request(engine.page_prompt, [good]),
+        ],
+        SamplingParams(max_new_tokens=3),
+    )
+    assert [o.finish_reason for o in outputs] == ["error"] * 6 + ["length"]
+    for output in outputs[:6]:
+        assert output.error
+        assert "Traceback" not in output.error
+
+
+def test_a_failing_step_ends_its_pages_and_not_the_engine():
+    files = sorted(reference())[:2]
+    with Engine.from_pretrained("pagemill-tiny") as engine:
+        execute, calls = engine.core.runner.execute, []
+
+        def fail_once(plan):
+            calls.append(plan)
+            if len(calls) == 3:
+                raise MemoryError("out of memory")
+            return execute(plan)
+
+        engine.core.runner.execute = fail_once
+        pages = list(engine.read(files[:1], params=SamplingParams(max_new_tokens=9)))
+        assert pages[0].status == "error"
+        assert "MemoryError" in pages[0].error
+        (page,) = engine.read(files[1:], params=SamplingParams(max_new_tokens=9))
+        assert page.status == "ok"
+        assert is_idle(engine)
+
+
+def test_reference_kernels_read_the_same(engine):
+    file = sorted(reference())[0]
+    with Engine.from_pretrained("pagemill-tiny", kernels="reference") as other:
+        assert set(other.describe()["kernels"].values()) == {"reference (torch)"}
+        (page,) = other.read(file)
+    assert page.raw == reference()[file]["text"]
+
+
+def test_describe_tells_what_runs(engine):
+    facts = json.loads(json.dumps(engine.describe()))
+    assert facts["dtype"] == "float32"
+    assert facts["kv_cache_tokens"] * 2 * 6 * 2 * 64 * 4 <= facts["kv_cache_bytes"]
+    assert facts["kernels"]["paged_attention"].startswith("native")
+
+
+def test_the_kv_budget_is_what_is_allocated():
+    with Engine.from_pretrained("pagemill-tiny", kv_cache_bytes=20_000_000) as engine:
+        allocated = sum(k.nbytes + v.nbytes for k, v in engine.core.runner.kv_cache)
+        assert 19_000_000 < allocated <= 20_000_000
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "expected"),
+    [
+        (dict(max_seqs=3), ConfigError, "unknown engine option max_seqs; known are device"),
+        (dict(device="tpu"), ConfigError, "device should be cpu or cuda"),
+        (dict(device="cuda"), ConfigError, "sees no CUDA device"),
+        (dict(dtype="float16"), ConfigError, "dtype should be auto, float32 or bfloat16"),
+        (dict(block_size=0), ConfigError, "block_size should be at least 1"),
+        (dict(kernels="magic"), ConfigError, "kernels should be auto"),
+        (dict(kernels="triton"), KernelUnavailable, "triton"),
+        (dict(name="/no/such"), CheckpointError, "no model"),
+    ],
+    ids=str,
+)
+def test_impossible_options(options, error, expected):
+    import torch
+
+    if options.get("device") == "cuda" and torch.cuda.is_available():
+        pytest.skip("this machine has a CUDA device")
+    with pytest.raises(error, match=expected):
+        Engine.from_pretrained(**options)
