@@ -152,7 +152,7 @@ PM_KERNEL void attention(const AttentionArgs<T>& p) {
         const int blocks = static_cast<int>((count + kColumns - 1) / kColumns);
         const float* at[kMaxBlocks];
         for (int j = 0; j < blocks; ++j) at[j] = in_place ? keys_at(p, first + j * kColumns) : kt + j * kColumns;
-        gemm(left, q + begin * kAStride, at, blocks, in_place ? p.block_size : kKeys, p.d, sb, kAStride, false);
+        gemm<Single>(left, q + begin * kAStride, at, blocks, in_place ? p.block_size : kKeys, p.d, sb, kAStride, false);
         for (int64_t r = begin; r < rows; ++r) {
             const int64_t visible = (p.causal ? p.causal_first + r / p.group : p.keys) - first;
             soften(s + r * kAStride, visible < count ? visible : count, blocks * kColumns, maxima[r], lanes + r * W,
@@ -167,7 +167,7 @@ PM_KERNEL void attention(const AttentionArgs<T>& p) {
             }
             const float* values = in_place ? values_at(p, first + j) : vt;
             for (int i = 0; i < ldv / kColumns; ++i) at[i] = values + i * kColumns;
-            gemm(left, sb + j, at, static_cast<int>(ldv / kColumns), ldv, run, out + begin * ldv, ldv, true);
+            gemm<Single>(left, sb + j, at, static_cast<int>(ldv / kColumns), ldv, run, out + begin * ldv, ldv, true);
         }
     }
     for (int64_t r = 0; r < rows; ++r) {

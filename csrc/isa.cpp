@@ -2,6 +2,10 @@
 
 #include <pybind11/pybind11.h>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 #include <atomic>
 #include <stdexcept>
 #include <string>
@@ -19,6 +23,7 @@ std::vector<const Isa*> available() {
     if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
         found.push_back(&kAvx512);
+    if (!found.empty() && __builtin_cpu_supports("avx512bf16")) found.insert(found.begin(), &kAvx512Bf16);
     if (avx2) found.push_back(&kAvx2);
 #endif
     found.push_back(&kPortable);
@@ -32,9 +37,20 @@ std::atomic<const Isa*>& current() {
 
 }  // namespace
 
+// Whether the machine multiplies bfloat16 matrices in tiles, several times faster than any vector code here.
+bool has_amx() {
+#if defined(__x86_64__)
+    unsigned a, b, c, d;
+    return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 22 & 1);
+#else
+    return false;
+#endif
+}
+
 const Isa& isa() { return *current().load(std::memory_order_relaxed); }
 
 void bind_isa(pybind11::module_& m) {
+    m.def("has_amx", &has_amx, "Whether the machine has AMX tiles for bfloat16.");
     m.def("isa", [] { return isa().name; }, "The instruction set in use.");
     m.def("isas", [] {
         std::vector<std::string> names;

@@ -11,14 +11,17 @@ namespace pagemill {
 
 struct bf16 { uint16_t bits; };
 
-// y[m, n] = x w^T + bias. Panels: [ceil(n / 32)][k][32], zero padded; bias padded alike.
+// y[m, n] = x w^T + bias. Panels, zero padded: [ceil(n / 32)][k][32] of float, or of bf16 with the two features of a
+// pair side by side, [ceil(n / 32)][ceil(k / 2)][32][2], as the dot products of pairs want them.
 constexpr int kPanel = 32;
+template <class T>
 struct LinearArgs {
-    const float* x;
+    const T* x;
     int64_t ldx;
-    const float* panels;
-    const float* bias;  // or null
-    float* out;         // rows of n
+    const T* panels;
+    const float* bias;  // [ceil(n / 32) * 32], or null
+    T* out;             // rows of n; or null:
+    float* out_wide;
     int64_t m, n, k;
     int64_t row_block, row_blocks;      // rows of an item
     int64_t panel_group, panels_count;  // panels of an item
@@ -69,6 +72,7 @@ struct AttentionArgs {
 
 template <class T>
 struct TypedKernels {
+    void (*linear)(const LinearArgs<T>&, int64_t begin, int64_t end);
     void (*rms_norm)(const NormArgs<T>&, int64_t begin, int64_t end);
     void (*swiglu)(const T* gate_up, int64_t ld, T* out, int64_t width, int64_t begin, int64_t end);
     void (*gelu)(const T* x, T* out, int64_t begin, int64_t end);
@@ -78,7 +82,6 @@ struct TypedKernels {
 
 struct Isa {
     const char* name;
-    void (*linear)(const LinearArgs&, int64_t begin, int64_t end);
     void (*greedy)(const float* row, int64_t n, int64_t* token, float* logprob);
     TypedKernels<float> f32;
     TypedKernels<bf16> b16;
@@ -89,7 +92,7 @@ struct Isa {
 
 extern const Isa kPortable;
 #if defined(__x86_64__)
-extern const Isa kAvx2, kAvx512;
+extern const Isa kAvx2, kAvx512, kAvx512Bf16;
 #endif
 
 const Isa& isa();

@@ -86,9 +86,12 @@ def _reference(dtype: torch.dtype) -> Kernels:
 
 
 def _native_over(reference: Kernels, dtype: torch.dtype) -> Kernels:
-    implementations = dict.fromkeys(_OPS, f"native ({_native.isa()})")
-    kernels = replace(
+    native = f"native ({_native.isa()})"
+    return replace(
         reference,
+        pack_linear=partial(linear.pack_native, dtype=dtype),
+        linear=linear.linear_native,
+        embed=linear.embed_native,
         rms_norm=norm.rms_norm_native,
         add_rms_norm=norm.add_rms_norm_native,
         swiglu=activation.swiglu_native,
@@ -98,17 +101,20 @@ def _native_over(reference: Kernels, dtype: torch.dtype) -> Kernels:
         paged_attention=attention.paged_attention_native,
         varlen_attention=attention.varlen_attention_native,
         greedy=sampling.greedy_native,
+        implementations=dict.fromkeys(_OPS, native),
     )
-    if dtype == torch.float32:
-        kernels = replace(
-            kernels,
-            pack_linear=linear.pack_native,
-            linear=linear.linear_native,
-            embed=linear.embed_native,
-        )
-    else:  # oneDNN, under torch, has matrix kernels for bfloat16 that fit the machine
-        implementations |= dict.fromkeys(("linear", "embed"), "reference (torch)")
-    return replace(kernels, implementations=implementations)
+
+
+def _with_linear_of(donor: Kernels, kernels: Kernels) -> Kernels:
+    """On machines with AMX: oneDNN, under torch, has bfloat16 matrix kernels that use it, unlike ours."""
+    ops = ("linear", "embed")
+    return replace(
+        kernels,
+        pack_linear=donor.pack_linear,
+        linear=donor.linear,
+        embed=donor.embed,
+        implementations={**kernels.implementations, **{op: donor.implementations[op] for op in ops}},
+    )
 
 
 def set_num_threads(count: int) -> None:
@@ -131,8 +137,11 @@ def select(kind: str, device: torch.device, dtype: torch.dtype) -> Kernels:
     if kind == "triton":
         raise KernelUnavailable('kernels="triton" is not built into this version; use "auto" or "reference"')
     if kind == "native" and device.type != "cpu":
-        raise KernelUnavailable(
-            f'kernels="native" runs on the CPU, not on {device}; use "auto" or "reference"'
-        )
+        raise KernelUnavailable(f'kernels="native" runs on the CPU, not on {device}; use "auto"')
     reference = _reference(dtype)
-    return reference if kind == "reference" or device.type != "cpu" else _native_over(reference, dtype)
+    if kind == "reference" or device.type != "cpu":
+        return reference
+    native = _native_over(reference, dtype)
+    if kind == "auto" and dtype == torch.bfloat16 and _native.has_amx():
+        return _with_linear_of(reference, native)
+    return native

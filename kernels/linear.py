@@ -34,8 +34,9 @@ _PANEL = 32  # output features of a panel, as in csrc/isa.h
 class PackedLinear:
     """A weight in the layout of one implementation; opaque to its users.
 
-    `weight` is `[N, K]` for the reference and `[ceil(N / 32), K, 32]`, zero padded, for the native form;
-    `bias` is None or as long as the weight's N, padding included. Both have the compute dtype.
+    `weight`, in the compute dtype, is `[N, K]` for the reference. For the native form it is zero-padded
+    panels: `[ceil(N / 32), K, 32]` in float32, `[ceil(N / 32), ceil(K / 2), 32, 2]` in bfloat16; its `bias`
+    is float32 and padded alike.
     """
 
     weight: Tensor
@@ -87,37 +88,36 @@ def embed_reference(ids: Tensor, packed: PackedLinear) -> Tensor:
     return F.embedding(ids, packed.weight)
 
 
-def pack_native(weight: Tensor, bias: Tensor | None) -> PackedLinear:
-    """Pack into float32 panels of 32 output features; beyond them it needs only a small piece of the weight
-    at a time.
-    """
+def pack_native(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> PackedLinear:
+    """Pack into panels of 32 output features; beyond them it needs a small piece of the weight at a time."""
     _check_weight(weight, bias)
     n, k = weight.shape
     count = -(-n // _PANEL)
-    panels = torch.empty(count, k, _PANEL)
+    shape = (count, k, _PANEL) if dtype == torch.float32 else (count, -(-k // 2), _PANEL, 2)
+    panels = torch.empty(shape, dtype=dtype)
     step = max(1, (1 << 20) // max(1, _PANEL * k)) * _PANEL
     for first in range(0, n, step):
-        _native.pack_panels(dl(weight[first : first + step].float()), first, dl(panels))
+        piece = weight[first : first + step].to(dtype)
+        _native.pack_panels(dl(piece), first, dl(panels))
     padded = None
     if bias is not None:
         padded = torch.zeros(count * _PANEL)
-        padded[:n] = bias
+        padded[:n] = bias.to(dtype)
     return PackedLinear(panels, padded, n, k)
 
 
 def linear_native(x: Tensor, packed: PackedLinear, *, out_float32: bool = False) -> Tensor:
-    """`linear_reference` in C++ (`csrc/body_gemm.h`), float32 only: every row of the result is the same bits
-    for any M.
-    """
-    out = torch.empty(x.shape[0], packed.out_features)
+    """`linear_reference` in C++ (`csrc/body_gemm.h`); every row of the result is the same bits for any M."""
+    dtype = torch.float32 if out_float32 else packed.dtype
+    out = torch.empty(x.shape[0], packed.out_features, dtype=dtype)
     bias = None if packed.bias is None else dl(packed.bias)
-    _native.linear(dl(x), dl(packed.weight), bias, dl(out))
+    _native.linear(dl(x), packed.in_features, dl(packed.weight), bias, dl(out))
     return out
 
 
 def embed_native(ids: Tensor, packed: PackedLinear) -> Tensor:
     """`embed_reference` from panels."""
     _check_ids(ids)
-    out = torch.empty(ids.shape[0], packed.in_features)
+    out = torch.empty(ids.shape[0], packed.in_features, dtype=packed.dtype)
     _native.embed(dl(ids), dl(packed.weight), packed.out_features, dl(out))
     return out

@@ -1,0 +1,61 @@
+// Linear layers: pieces of k outermost, so that a staged piece of x and a panel's piece of w stay in cache.
+
+PM_INLINE Single step_of(float) { return {}; }
+PM_INLINE Pair step_of(bf16) { return {}; }
+
+// dst[0..steps * P::kWide) = the elements of a row piece, an odd last one paired with zero.
+PM_INLINE void stage_row(float* dst, const float* x, int64_t n) { memcpy(dst, x, n * sizeof(float)); }
+PM_INLINE void stage_row(uint32_t* dst, const bf16* x, int64_t n) {
+    if (n % 2) dst[n / 2] = 0;
+    memcpy(dst, x, n * sizeof(bf16));
+}
+PM_INLINE void stage_row(float* dst, const bf16* x, int64_t n) {
+    sweep(n, [&](int64_t i, int64_t count) { put(dst + i, take(x + i, count), count); });
+    if (n % 2) dst[n] = 0;
+}
+
+template <class T>
+PM_KERNEL void linear_item(const LinearArgs<T>& p, int64_t item) {
+    typedef decltype(step_of(T{})) P;
+    constexpr int kPerPanel = kPanel / kColumns;
+    constexpr int kPerStep = sizeof(T) == 2 ? 2 : 1;                    // of k
+    constexpr int64_t kPiece = int64_t(kDepth) / P::kWide * kPerStep;  // of k
+    const int64_t first_row = item % p.row_blocks * p.row_block;
+    const int64_t rows = p.m - first_row < p.row_block ? p.m - first_row : p.row_block;
+    const int64_t first_panel = item / p.row_blocks * p.panel_group;
+    const int64_t left = p.panels_count - first_panel, panels = left < p.panel_group ? left : p.panel_group;
+    const int64_t width = panels * kPanel, steps_all = (p.k + kPerStep - 1) / kPerStep;
+
+    float* sums = scratch(rows * (kAStride + width));
+    auto* a = reinterpret_cast<typename P::A*>(sums + rows * width);
+    const auto* w = reinterpret_cast<const typename P::B*>(p.panels) + first_panel * steps_all * kPanel;
+    // Few rows: several panels at a time, so that enough independent chains are in flight.
+    const int64_t together = rows <= 2 ? 4 : rows <= 5 ? 2 : 1;
+    for (int64_t k0 = 0; k0 < p.k; k0 += kPiece) {
+        const int64_t depth = p.k - k0 < kPiece ? p.k - k0 : kPiece, steps = (depth + kPerStep - 1) / kPerStep;
+        for (int64_t r = 0; r < rows; ++r) stage_row(a + r * kAStride, p.x + (first_row + r) * p.ldx + k0, depth);
+        for (int64_t n = 0; n < panels; n += together) {
+            const int64_t count = (panels - n < together ? panels - n : together) * kPerPanel;
+            const typename P::B* blocks[4 * kPerPanel];
+            for (int64_t j = 0; j < count; ++j)
+                blocks[j] = w + ((n + j / kPerPanel) * steps_all + k0 / kPerStep) * kPanel + j % kPerPanel * kColumns;
+            gemm<P>(rows, a, blocks, static_cast<int>(count), kPanel, steps, sums + n * kPanel, width, k0 > 0);
+        }
+    }
+
+    const int64_t column = first_panel * kPanel, columns = p.n - column < width ? p.n - column : width;
+    for (int64_t r = 0; r < rows; ++r) {
+        const int64_t to = (first_row + r) * p.n + column;
+        sweep(columns, [&](int64_t i, int64_t count) {
+            V y = load(sums + r * width + i);
+            if (p.bias) y += load(p.bias + column + i);
+            if (p.out) put(p.out + to + i, y, count);
+            else put(p.out_wide + to + i, y, count);
+        });
+    }
+}
+
+template <class T>
+static void linear(const LinearArgs<T>& p, int64_t begin, int64_t end) {
+    for (int64_t item = begin; item < end; ++item) linear_item(p, item);
+}
