@@ -112,13 +112,8 @@ PM_INLINE float sum(V v) {
 }
 
 PM_INLINE float highest(V v) {
-#if defined(PM_AVX512)
-    return _mm512_reduce_max_ps(v);
-#else
-    float best = v[0];
-    for (int i = 1; i < W; ++i) best = v[i] > best ? v[i] : best;
-    return best;
-#endif
+    for (int half = W / 2; half; half /= 2) v = max(v, __builtin_shuffle(v, (iota() + half) & (W - 1)));
+    return v[0];
 }
 
 // e^x to about 1 ulp: exactly 1 at 0, 0 below -87.3 (-inf too), saturating above 88.3; NaN stays NaN.

@@ -1,6 +1,7 @@
-import pagemill._native as _native
 import pytest
 import torch
+
+import pagemill._native as _native
 from pagemill.errors import KernelUnavailable
 from pagemill.kernels import select
 

@@ -2,9 +2,10 @@ import os
 import signal
 import threading
 
-import pagemill._native as _native
 import pytest
 import torch
+
+import pagemill._native as _native
 from pagemill.kernels import select
 from pagemill.kernels.dlpack import dl
 
