@@ -57,7 +57,7 @@ _Model = Annotated[
 _DeviceOption = Annotated[_Device, typer.Option("--device", help="Where the model runs.")]
 _DTypeOption = Annotated[
     _DType,
-    typer.Option("--dtype", help="Arithmetic; auto is bfloat16, or float32 for a small model on a CPU."),
+    typer.Option("--dtype", help="Arithmetic; auto is what the checkpoint is stored in."),
 ]
 _Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 

@@ -17,8 +17,7 @@ class EngineConfig:
 
     device: str = "cpu"
     dtype: str = "auto"
-    """float32, bfloat16, or auto: bfloat16, but float32 for a checkpoint stored so and, on a CPU, for a model whose
-    float32 weights take less than 2 GiB."""
+    """float32, bfloat16, or auto: the checkpoint's own (bfloat16 for one stored in float16)."""
     kernels: KernelChoice = "auto"
     """Which kernel implementations to use; `Engine.describe` tells what was chosen."""
     max_num_seqs: int = 32

@@ -28,10 +28,9 @@ from pagemill.core import EngineCore, TokenizedPrompt
 from pagemill.decode.page import is_degenerate, parse_page
 from pagemill.decode.sampler import SamplingParams
 from pagemill.errors import ConfigError, PagemillError, RequestError
-from pagemill.model.config import ModelConfig, read_config
+from pagemill.model.config import read_config
 from pagemill.model.loader import find_checkpoint, load_model
 from pagemill.model.prompt import Prompter, page_messages, read_profile
-from pagemill.model.weights import num_parameters
 from pagemill.pages.preprocess import ImageProcessor, PreparedImage
 from pagemill.pages.source import PageRef, expand_inputs, list_pages, load_page
 from pagemill.results import PageResult, RequestOutput, Seconds, TokenCounts
@@ -39,9 +38,6 @@ from pagemill.sequence import Sequence
 
 Image = npt.NDArray[np.uint8] | PreparedImage | str
 """RGB pixels uint8 `[H, W, 3]`, an image prepared already, or the path of an image file (its first page)."""
-
-
-_SMALL_MODEL_BYTES = 2 << 30
 
 
 @dataclass
@@ -117,7 +113,7 @@ class Engine:
         device = _device(config.device)
         folder = find_checkpoint(name)
         model_config = read_config(folder)
-        dtype = _dtype(config.dtype, model_config, device)
+        dtype = _dtype(config.dtype, model_config.dtype)
         if config.num_threads is not None:
             kernels.set_num_threads(config.num_threads)
         profile = read_profile(folder, name)
@@ -432,6 +428,10 @@ class Engine:
         ticket.on_end(seq, error)
 
     def _run(self) -> None:
+        if all(kind.startswith("native") for kind in self.core.model.decoder.kernels.describe().values()):
+            # Torch has only glue left to do here. Its OpenMP threads would wait for each other at barriers on cores that
+            # the native kernels use: milliseconds for microseconds of work.
+            torch.set_num_threads(1)
         try:
             while not self._closed:
                 with self._wake:
@@ -511,9 +511,8 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _dtype(asked: str, model: ModelConfig, device: torch.device) -> torch.dtype:
-    """The dtype to compute in; `auto` keeps small models on the CPU exact, where float32 costs little."""
+def _dtype(asked: str, stored: str) -> torch.dtype:
+    """The dtype to compute in; `auto` is the checkpoint's, and bfloat16 for one stored in float16."""
     if asked == "auto":
-        small = 4 * num_parameters(model) < _SMALL_MODEL_BYTES
-        asked = "float32" if model.dtype == "float32" or (device.type == "cpu" and small) else "bfloat16"
+        asked = "float32" if stored == "float32" else "bfloat16"
     return torch.float32 if asked == "float32" else torch.bfloat16

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -85,11 +84,6 @@ def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         shapes[f"vision.merger.mlp.{layer}.weight"] = (rows, merged)
         shapes[f"vision.merger.mlp.{layer}.bias"] = (rows,)
     return shapes
-
-
-def num_parameters(config: ModelConfig) -> int:
-    """Number of weights of the architecture, tied ones once."""
-    return sum(prod(shape) for shape in expected_shapes(config).values())
 
 
 class Checkpoint:
