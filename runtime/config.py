@@ -61,5 +61,7 @@ class EngineConfig:
         for name in ("max_model_len", "kv_cache_bytes", "num_threads"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 refuse(name, "at least 1")
+        if self.max_num_seqs > 1 << 16:
+            refuse("max_num_seqs", f"at most {1 << 16}")
         if not 0 < self.kv_cache_fraction <= 1:
             refuse("kv_cache_fraction", "above 0 and at most 1")

@@ -45,8 +45,13 @@ class EngineCore:
                 f"max_model_len {self.max_model_len} is beyond the model's {text.max_position_embeddings} positions"
             )
         per_block = block_bytes(text.num_layers, text.num_kv_heads, text.head_dim, config.block_size, dtype)
+        free = _free_memory(model.vision.device)
+        if config.kv_cache_bytes is not None and config.kv_cache_bytes > free:
+            raise ConfigError(
+                f"kv_cache_bytes {config.kv_cache_bytes} is more than the {free} bytes of free memory"
+            )
         self.kv_cache_bytes = config.kv_cache_bytes or min(
-            int(config.kv_cache_fraction * _free_memory(model.vision.device)),
+            int(config.kv_cache_fraction * free),
             per_block * config.max_num_seqs * -(-self.max_model_len // config.block_size),
         )
         num_blocks = self.kv_cache_bytes // per_block

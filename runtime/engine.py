@@ -7,9 +7,11 @@ callers may use one engine at once: their requests share the batch.
 from __future__ import annotations
 
 import asyncio
+import atexit
 import queue
 import threading
 import time
+import weakref
 from collections.abc import AsyncIterator, Callable, Container, Iterator
 from collections.abc import Sequence as SequenceOf
 from concurrent.futures import ThreadPoolExecutor
@@ -35,6 +37,16 @@ from pagemill.pages.preprocess import ImageProcessor, PreparedImage
 from pagemill.pages.source import PageRef, expand_inputs, list_pages, load_page
 from pagemill.results import PageResult, RequestOutput, Seconds, TokenCounts
 from pagemill.sequence import Sequence
+
+_open_engines: weakref.WeakSet[Engine] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_engines() -> None:
+    # A thread that comes back from a kernel into an interpreter that is gone would abort the process.
+    for engine in list(_open_engines):
+        engine.close()
+
 
 Image = npt.NDArray[np.uint8] | PreparedImage | str
 """RGB pixels uint8 `[H, W, 3]`, an image prepared already, or the path of an image file (its first page)."""
@@ -97,6 +109,7 @@ class Engine:
         self._ended = False
         self._thread = threading.Thread(target=self._run, name="pagemill-engine", daemon=True)
         self._thread.start()
+        _open_engines.add(self)
 
     @classmethod
     def from_pretrained(cls, name: str = "pagemill-tiny", **options: Any) -> Engine:
@@ -145,7 +158,7 @@ class Engine:
         "error" and never stops the others. Leaving the iterator early cancels what is still running.
         """
         params = params or SamplingParams()
-        pages = self._pages(expand_inputs([inputs] if isinstance(inputs, str) else list(inputs)), skip)
+        pages = self._pages([inputs] if isinstance(inputs, str) else list(inputs), skip)
         results: queue.SimpleQueue[PageResult] = queue.SimpleQueue()
         call = _Call()
         # Enough prepared pages that a free place in the batch never waits, few enough that memory stays bounded.
@@ -263,15 +276,24 @@ class Engine:
         if call.cancelled or self._closed:
             raise RequestError("cancelled" if call.cancelled else "the engine is closed")
 
-    def _pages(self, sources: list[str], skip: Container[tuple[str, int]]) -> Iterator[PageRef | PageResult]:
-        for source in sources:
+    def _pages(self, inputs: list[str], skip: Container[tuple[str, int]]) -> Iterator[PageRef | PageResult]:
+        for given in inputs:
             try:
-                for ref in list_pages(source):
-                    if (ref.source, ref.page) not in skip:
-                        yield ref
+                sources = expand_inputs([given])
             except PagemillError as error:
-                if (source, 1) not in skip:
-                    yield self._failed_page(source, 1, str(error))
+                if (given, 1) not in skip:
+                    yield self._failed_page(given, 1, str(error))
+                continue
+            for source in sources:
+                page = 1
+                try:
+                    for ref in list_pages(source):
+                        page = ref.page + 1
+                        if (ref.source, ref.page) not in skip:
+                            yield ref
+                except PagemillError as error:
+                    if (source, page) not in skip:
+                        yield self._failed_page(source, page, str(error))
 
     def _failed_page(self, source: str, page: int, error: str, prepare: float = 0.0) -> PageResult:
         if source not in error:  # every sentence says where
@@ -476,7 +498,9 @@ def _put_numbered(
 
 
 def _sentence(error: Exception) -> str:
-    return str(error) if isinstance(error, PagemillError) else f"{type(error).__name__}: {error}"
+    """One line of bounded length, whatever the error says."""
+    text = str(error) if isinstance(error, PagemillError) else f"{type(error).__name__}: {error}"
+    return " ".join(text.split())[:500]
 
 
 def _tokens(seq: Sequence) -> TokenCounts:

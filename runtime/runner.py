@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pagemill.cache import ImageCache
 from pagemill.decode.sampler import sample
+from pagemill.errors import ConfigError
 from pagemill.kernels import kv_cache_shapes
 from pagemill.model.decoder import RaggedBatch
 from pagemill.model.loader import Model
@@ -45,13 +46,17 @@ class Runner:
         text = model.config.text
         k_shape, v_shape = kv_cache_shapes(num_blocks, text.num_kv_heads, text.head_dim, block_size)
         # Zero pages are given by the system at first write: an oversized budget costs no memory until it is used.
-        self.kv_cache = [
-            (
-                torch.zeros(k_shape, dtype=dtype, device=device),
-                torch.zeros(v_shape, dtype=dtype, device=device),
-            )
-            for _ in range(text.num_layers)
-        ]
+        try:
+            self.kv_cache = [
+                (
+                    torch.zeros(k_shape, dtype=dtype, device=device),
+                    torch.zeros(v_shape, dtype=dtype, device=device),
+                )
+                for _ in range(text.num_layers)
+            ]
+        except (RuntimeError, MemoryError) as error:  # torch's allocators raise RuntimeError
+            reason = str(error).partition("\n")[0]
+            raise ConfigError(f"a KV cache of {num_blocks} blocks cannot be allocated: {reason}") from None
         self._block_tables = np.zeros((max_num_seqs, -(-max_model_len // block_size)), dtype=np.int32)
 
     def execute(self, plan: StepPlan) -> tuple[list[int], list[float]]:

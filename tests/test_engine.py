@@ -3,6 +3,8 @@
 import asyncio
 import gc
 import json
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -119,6 +121,30 @@ def test_bad_pages_cost_no_other_page(engine, tmp_path):
         assert Path(source).name in page.error
         assert page.text is None
     wait_idle(engine)
+
+
+def test_inputs_that_are_not_there_cost_no_other_page(engine, tmp_path):
+    good, missing = sorted(reference())[0], str(tmp_path / "missing.png")
+    results = {r.source: r for r in engine.read([missing, good, str(tmp_path / "*.tif")])}
+    assert results.pop(good).raw == reference()[good]["text"]
+    assert [r.status for r in results.values()] == ["error", "error"]
+    assert missing in results
+
+
+def test_an_engine_left_open_does_not_abort_the_process():
+    code = """
+import sys, threading
+from pagemill import Engine
+engine = Engine.from_pretrained("pagemill-tiny")
+threading.Thread(target=lambda: list(engine.read(sys.argv[1])), daemon=True).start()
+while not engine.core.num_steps:
+    pass
+sys.exit(3)
+"""
+    command = [sys.executable, "-c", code, str(PAGES / "*.png")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 3, done.stderr
+    assert "terminate" not in done.stderr
 
 
 def test_a_one_pixel_page_is_read_like_any_other(engine, tmp_path):
@@ -270,7 +296,7 @@ def test_a_failing_step_ends_its_pages_and_not_the_engine():
 
 def test_reference_kernels_read_the_same(engine):
     file = sorted(reference())[0]
-    with Engine.from_pretrained("pagemill-tiny", kernels="reference") as other:
+    with Engine.from_pretrained("pagemill-tiny", kernels="reference", dtype="float32") as other:
         assert set(other.describe()["kernels"].values()) == {"reference (torch)"}
         (page,) = other.read(file)
     assert page.raw == reference()[file]["text"]
@@ -308,6 +334,8 @@ def test_the_kv_budget_is_what_is_allocated():
         (dict(device="cuda"), ConfigError, "sees no CUDA device"),
         (dict(dtype="float16"), ConfigError, "dtype should be auto, float32 or bfloat16"),
         (dict(block_size=0), ConfigError, "block_size should be at least 1"),
+        (dict(max_num_seqs=10**9), ConfigError, "max_num_seqs should be at most 65536"),
+        (dict(kv_cache_bytes=10**15), ConfigError, "more than the .* bytes of free memory"),
         (dict(kernels="magic"), ConfigError, "kernels should be auto"),
         (dict(kernels="triton"), KernelUnavailable, "triton"),
         (dict(name="/no/such"), CheckpointError, "no model"),
