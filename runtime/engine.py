@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -37,6 +37,10 @@ from pagemill.pages.preprocess import ImageProcessor, PreparedImage
 from pagemill.pages.source import PageRef, expand_inputs, list_pages, load_page
 from pagemill.results import PageResult, RequestOutput, Seconds, TokenCounts
 from pagemill.sequence import Sequence
+
+T = TypeVar("T")
+_Task = Callable[[Callable[[T], None]], None]
+"""Starts something and sees to it that the callable it is given gets exactly one result."""
 
 _open_engines: weakref.WeakSet[Engine] = weakref.WeakSet()
 
@@ -157,25 +161,17 @@ class Engine:
         A page in `skip`, as (source, page), is not read. A file or page that cannot be read gives a result with status
         "error" and never stops the others. Leaving the iterator early cancels what is still running.
         """
-        params = params or SamplingParams()
-        pages = self._pages([inputs] if isinstance(inputs, str) else list(inputs), skip)
-        results: queue.SimpleQueue[PageResult] = queue.SimpleQueue()
-        call = _Call()
-        # Enough prepared pages that a free place in the batch never waits, few enough that memory stays bounded.
-        most = self.core.config.max_num_seqs + 2 * self.core.config.prepare_threads
-        pending = 0
+        params, dpi, call = params or SamplingParams(), dpi or self.dpi, _Call()
+
+        def tasks() -> Iterator[_Task[PageResult]]:
+            for page in self._pages([inputs] if isinstance(inputs, str) else list(inputs), skip):
+                if isinstance(page, PageResult):
+                    yield partial(_deliver, page)
+                else:
+                    yield partial(self._start, self._read_page, page, params, dpi, call)
+
         try:
-            while True:
-                while pending < most and (page := next(pages, None)) is not None:
-                    pending += 1
-                    if isinstance(page, PageResult):
-                        results.put(page)
-                    else:
-                        self._start(self._read_page, page, params, dpi or self.dpi, call, results.put)
-                if not pending:
-                    return
-                yield results.get()
-                pending -= 1
+            yield from self._flow(tasks())
         finally:
             self._cancel(call)
 
@@ -184,15 +180,32 @@ class Engine:
     ) -> list[RequestOutput]:
         """Answer requests, in their order. One that cannot be served has finish reason "error" and its reason in `error`."""
         call = _Call()
-        done: queue.SimpleQueue[tuple[int, RequestOutput]] = queue.SimpleQueue()
+        tasks = (
+            partial(self._start, self._prepare_request, i, request, params, call, None)
+            for i, request in enumerate(requests)
+        )
         try:
-            for i, request in enumerate(requests):
-                deliver = partial(_put_numbered, done, i)
-                self._start(self._prepare_request, request, params, call, None, deliver)
-            outputs = dict(done.get() for _ in requests)
+            outputs = dict(self._flow(tasks))
         finally:
             self._cancel(call)
         return [outputs[i] for i in range(len(requests))]
+
+    def _flow(self, tasks: Iterator[_Task[T]]) -> Iterator[T]:
+        """Start tasks, a bounded number ahead, and yield what each delivers, in order of completion.
+
+        The bound keeps enough prepared pages that a free place in the batch never waits, and memory small.
+        """
+        done: queue.SimpleQueue[T] = queue.SimpleQueue()
+        most = self.core.config.max_num_seqs + 2 * self.core.config.prepare_threads
+        pending = 0
+        while True:
+            while pending < most and (task := next(tasks, None)) is not None:
+                pending += 1
+                task(done.put)
+            if not pending:
+                return
+            yield done.get()
+            pending -= 1
 
     async def stream(
         self, request: Request, params: SamplingParams | None = None
@@ -206,15 +219,15 @@ class Engine:
         latest: list[RequestOutput] = []
         call = _Call()
 
-        def deliver(output: RequestOutput) -> None:
+        def deliver(numbered: tuple[int, RequestOutput]) -> None:
             def on_loop() -> None:
-                latest[:] = [output]
+                latest[:] = [numbered[1]]
                 arrived.set()
 
             with suppress(RuntimeError):  # the caller's loop has ended, and with it all interest
                 loop.call_soon_threadsafe(on_loop)
 
-        self._start(self._prepare_request, request, params, call, deliver, deliver)
+        self._start(self._prepare_request, 0, request, params, call, deliver, deliver)
         try:
             while True:
                 await arrived.wait()
@@ -350,13 +363,14 @@ class Engine:
 
     def _prepare_request(
         self,
+        number: int,
         request: Request,
         params: SamplingParams | None,
         call: _Call,
-        on_output: Callable[[RequestOutput], None] | None,
-        deliver: Callable[[RequestOutput], None],
+        on_output: Callable[[tuple[int, RequestOutput]], None] | None,
+        deliver: Callable[[tuple[int, RequestOutput]], None],
     ) -> None:
-        """Prepare one request and queue it; whatever happens, `deliver` gets exactly one final output."""
+        """Prepare one request and queue it; whatever happens, `deliver` gets exactly one final output, with `number`."""
         started = time.perf_counter()
         prepare = 0.0
 
@@ -376,9 +390,9 @@ class Engine:
                 failed = RequestOutput(
                     request.request_id, "", [], "error", TokenCounts(), Seconds(), error=error
                 )
-                deliver(failed)
+                deliver((number, failed))
             else:
-                deliver(output(seq))
+                deliver((number, output(seq)))
 
         try:
             self._check_open(call)
@@ -392,7 +406,7 @@ class Engine:
                 prompt = list(request.prompt)  # type: ignore[arg-type]
             tokenized = self.core.tokenize(prompt, images)
             prepare = time.perf_counter() - started
-            on_token = None if on_output is None else lambda seq: on_output(output(seq))
+            on_token = None if on_output is None else lambda seq: on_output((number, output(seq)))
             ticket = _Ticket(call, on_end, on_token)
             self._submit(tokenized, request.params or params or SamplingParams(), request.priority, ticket)
         except Exception as error:
@@ -491,10 +505,8 @@ class Engine:
             self._end(seq, None)
 
 
-def _put_numbered(
-    done: queue.SimpleQueue[tuple[int, RequestOutput]], number: int, output: RequestOutput
-) -> None:
-    done.put((number, output))
+def _deliver(result: T, deliver: Callable[[T], None]) -> None:
+    deliver(result)
 
 
 def _sentence(error: Exception) -> str:
