@@ -64,9 +64,9 @@ class VisionTower:
             return weights.read(f"vision.{name}").to(device, dtype, copy=True)
 
         def linear(*names: str, bias: bool = True) -> PackedLinear:
-            weight = weights.read_rows([f"vision.{n}.weight" for n in names])
-            b = weights.read_rows([f"vision.{n}.bias" for n in names]) if bias else None
-            return kernels.pack_linear(weight.flatten(1).to(device), b)
+            parts = [weights.read(f"vision.{n}.weight").flatten(1).to(device) for n in names]
+            biases = torch.cat([weights.read(f"vision.{n}.bias") for n in names]).to(device) if bias else None
+            return kernels.pack_linear(parts, biases)
 
         self.patch_embed = linear("patch_embed.proj", bias=False)
         self.blocks = [
