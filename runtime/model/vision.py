@@ -83,7 +83,7 @@ class VisionTower:
         self.merger_norm = vector("merger.ln_q.weight")
         self.merger_in = linear("merger.mlp.0")
         self.merger_out = linear("merger.mlp.2")
-        self._layout = lru_cache(maxsize=256)(self._make_layout)
+        self._layout = lru_cache(maxsize=32)(self._make_layout)
 
     def _make_layout(self, grid: Grid) -> _Layout:
         c = self.config

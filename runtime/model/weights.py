@@ -140,7 +140,9 @@ class Checkpoint:
             if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
                 raise CheckpointError(f"{index}: weight_map should map tensor names to file names")
             for file in sorted(set(weight_map.values())):
-                if Path(file).name != file:  # never leave the folder on a stranger's word
+                if (
+                    Path(file).name != file or not file.isprintable()
+                ):  # never leave the folder on a stranger's word
                     raise CheckpointError(f"{index}: {file!r} is not a plain file name")
                 yield self.folder / file, [name for name, f in weight_map.items() if f == file]
         elif single.exists():
