@@ -184,6 +184,16 @@ def test_ctrl_c_keeps_finished_pages_and_tells_how_to_go_on(tmp_path: Path, suff
         assert output.read_text().count("\f") == 199
 
 
+def test_ctrl_c_does_not_repeat_a_thousand_names(tmp_path: Path) -> None:
+    names = scans(tmp_path, files=60, pages=20)
+    process = start("read", *names, "-o", "out.jsonl", cwd=tmp_path, FAKE_DELAY="0.005")
+    wait_for_bytes(tmp_path / "out.jsonl", 1000, process)
+    process.send_signal(signal.SIGINT)
+    code, _, err = finish(process)
+    assert code == 130
+    assert err.endswith("finished pages are safe. Go on with the same command and --resume.\n")
+
+
 def test_second_ctrl_c_leaves_at_once(tmp_path: Path) -> None:
     names = scans(tmp_path, files=10, pages=9)
     process = start("read", *names, cwd=tmp_path, FAKE_DELAY="0.3", FAKE_CLOSE="60")
