@@ -143,7 +143,7 @@ def machine() -> dict[str, Any]:
     return {
         "cpu": cpu,
         "cores": len(os.sched_getaffinity(0)),
-        "isa": _native.patchify_isas()[0],
+        "isa": _native.isa(),
         "python": platform.python_version(),
         "numpy": np.__version__,
         "pillow": PIL.__version__,

@@ -47,6 +47,7 @@ struct Array {
     T* as() const { return reinterpret_cast<T*>(data); }
 
     bool contiguous() const {
+        if (size() == 0) return true;  // whatever the strides: there is nothing to step over
         int64_t expected = 1;
         for (int i = ndim - 1; i >= 0; --i) {
             if (shape[i] != 1 && strides[i] != expected) return false;
@@ -93,7 +94,7 @@ inline void check(const Array& a, const char* argument, std::initializer_list<DT
         }
         const int last = a.ndim - 1;
         fits &= layout == Layout::contiguous ? a.contiguous()
-                                             : last < 0 || a.shape[last] <= 1 || a.strides[last] == 1;
+                                             : a.size() == 0 || last < 0 || a.shape[last] == 1 || a.strides[last] == 1;
     }
     if (fits) return;
     std::string wanted;

@@ -5,10 +5,11 @@
 #include "body_linear.h"
 #include "body_elementwise.h"
 #include "body_attention.h"
+#include "body_patchify.h"
 
 template <class T>
 constexpr TypedKernels<T> typed_table() {
     return {&linear<T>, &rms_norm<T>, &swiglu<T>, &gelu<T>, &rotary<T>, &attention<T>};
 }
 
-constexpr Isa table(const char* name) { return {name, &greedy, typed_table<float>(), typed_table<bf16>()}; }
+constexpr Isa table(const char* name) { return {name, &greedy, &patchify, typed_table<float>(), typed_table<bf16>()}; }

@@ -70,6 +70,38 @@ struct AttentionArgs {
     int64_t k_key, v_key;
 };
 
+// How one axis is resampled: output i is the sum over t < count[i] of input[first[i] + t] * weight[i * taps + t].
+struct ResizeAxis {
+    int in, out, taps;
+    const int *first, *count;
+    const int32_t* weight;  // fixed point
+};
+constexpr int kPrecisionBits = 32 - 8 - 2;  // of a weight: 8 bits of result, 2 of headroom for negative lobes
+constexpr int kStrip = 16;                  // rows resized side by side in the horizontal pass
+constexpr int kStripAlign = 64;             // bytes that planar rows of working memory are padded to
+
+// A page to patches; the contract is in kernels/patchify.py.
+struct PatchifyArgs {
+    const uint8_t* rgb;   // [y.in, x.in, 3]
+    float* patches;       // [y.out / patch * x.out / patch, 3 * temporal * patch * patch]
+    uint8_t* pixels;      // [3, y.out, x.out]: the resized page
+    const float* lookup;  // [3, 256]: byte to normalised value, a channel each
+    int patch, merge, temporal;
+    ResizeAxis x, y;
+    bool vertical_first, vertical_second;  // at most one; neither where the height stays
+    // Working memory, in rows of `stride` bytes: [3][x.out] and padding.
+    int64_t stride;
+    uint8_t* window;  // [rows read for a row of patches, at most, + 2 * kStrip][stride]
+    uint8_t* band;    // [patch][stride]
+    uint8_t* block;   // [kStrip][x.in * 3]
+    uint8_t* tile;    // [x.in * 3][kStrip]
+    uint8_t* turned;  // [stride][kStrip]
+
+    // Rows of the window's image that row y of the result is made of.
+    int first_row(int row) const { return vertical_second ? y.first[row] : row; }
+    int end_row(int row) const { return vertical_second ? y.first[row] + y.count[row] : row + 1; }
+};
+
 template <class T>
 struct TypedKernels {
     void (*linear)(const LinearArgs<T>&, int64_t begin, int64_t end);
@@ -83,6 +115,7 @@ struct TypedKernels {
 struct Isa {
     const char* name;
     void (*greedy)(const float* row, int64_t n, int64_t* token, float* logprob);
+    void (*patchify)(const PatchifyArgs&);
     TypedKernels<float> f32;
     TypedKernels<bf16> b16;
 

@@ -9,12 +9,14 @@
 #include <condition_variable>
 #include <cstdio>
 #include <cstdlib>
+#include <exception>
 #include <memory>
 #include <mutex>
 #include <new>
 #include <stdexcept>
 #include <string>
 #include <thread>
+#include <utility>
 #include <vector>
 
 namespace pagemill {
@@ -61,14 +63,17 @@ int default_threads() {
 class Pool {
 public:
     explicit Pool(int threads) {
-        for (int i = 1; i < threads; ++i) workers_.emplace_back([this] { work(); });
+        try {
+            for (int i = 1; i < threads; ++i) workers_.emplace_back([this] { work(); });
+        } catch (const std::exception& error) {
+            const int found = size();
+            stop();
+            throw std::runtime_error("threads: the system gives " + std::to_string(found) + " of " +
+                                     std::to_string(threads) + " (" + error.what() + "); ask for fewer");
+        }
     }
 
-    ~Pool() {
-        stop_.store(true);
-        wake();
-        for (auto& worker : workers_) worker.join();
-    }
+    ~Pool() { stop(); }
 
     int size() const { return static_cast<int>(workers_.size()) + 1; }
 
@@ -85,15 +90,28 @@ public:
             if (spins < kSpins) relax();
             else std::this_thread::yield();
         }
+        if (error_) std::rethrow_exception(std::exchange(error_, nullptr));
     }
 
 private:
     void take() {
-        for (;;) {
-            const int64_t begin = next_.fetch_add(chunk_, std::memory_order_relaxed);
-            if (begin >= n_) return;
-            fn_(context_, begin, std::min(begin + chunk_, n_));
+        try {
+            for (;;) {
+                const int64_t begin = next_.fetch_add(chunk_, std::memory_order_relaxed);
+                if (begin >= n_) return;
+                fn_(context_, begin, std::min(begin + chunk_, n_));
+            }
+        } catch (...) {
+            next_.store(n_);
+            std::lock_guard lock(mutex_);
+            if (!error_) error_ = std::current_exception();
         }
+    }
+
+    void stop() {
+        stop_.store(true);
+        wake();
+        for (auto& worker : workers_) worker.join();
     }
 
     void wake() {
@@ -137,6 +155,7 @@ private:
     std::atomic<bool> stop_{false};
     std::mutex mutex_;
     std::condition_variable wake_;
+    std::exception_ptr error_;  // the first of the loop; under mutex_ while it is open
     std::vector<std::thread> workers_;
 };
 
@@ -203,6 +222,13 @@ float* scratch(size_t floats) {
 void bind_threads(pybind11::module_& m) {
     m.def("num_threads", &num_threads);
     m.def("set_num_threads", &set_num_threads, pybind11::call_guard<pybind11::gil_scoped_release>());
+    m.def("parallel_for", [](int64_t n, int64_t chunk, const pybind11::function& fn) {
+        pybind11::gil_scoped_release release;
+        parallel_for(n, chunk, [&](int64_t begin, int64_t end) {
+            pybind11::gil_scoped_acquire acquire;
+            fn(begin, end);
+        });
+    }, "Call fn(begin, end) on ranges that cover [0, n), for tests.");
 }
 
 }  // namespace pagemill

@@ -16,7 +16,8 @@ using RangeFn = void (*)(void* context, int64_t begin, int64_t end);
 
 // Calls fn on disjoint ranges of at most `chunk` items that cover [0, n), on the caller and the workers; returns when
 // all are done. Runs inline when it is not worth a wake-up (n <= chunk), or when another thread has the pool. What
-// a range computes must not depend on which thread runs it, nor on how ranges are cut. fn must not throw.
+// a range computes must not depend on which thread runs it, nor on how ranges are cut. The first exception out of fn is
+// thrown again here, once no thread is in fn; ranges not begun by then are left out.
 void parallel_for(int64_t n, int64_t chunk, RangeFn fn, void* context);
 
 template <class F>

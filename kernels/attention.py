@@ -151,7 +151,7 @@ def paged_attention_native(
 ) -> Tensor:
     """`paged_attention_reference` in C++ (`csrc/body_attention.h`), for head_dim up to 256.
 
-    In float32 the rows of a token are the same bits whatever else is in the batch, however its sequence is
+    The rows of a token are the same bits whatever else is in the batch, however its sequence is
     chunked, and for any block size, block placement and number of threads.
     """
     out = torch.empty(q.shape, dtype=q.dtype)

@@ -86,9 +86,8 @@ def native(
     temporal_patch_size: int,
     mean: Triple,
     std: Triple,
-    num_threads: int = 1,
 ) -> Patches:
-    """Do all three steps in one pass over the page in C++, without the GIL (csrc/patchify.cpp)."""
+    """Do all three steps in one pass over the page in C++, without the GIL (csrc/body_patchify.h)."""
     patches, pixels = _native.patchify(
         rgb,
         height,
@@ -97,7 +96,6 @@ def native(
         merge_size,
         temporal_patch_size,
         normalisation(mean, std),
-        num_threads,
     )
     return patches, pixels
 
@@ -113,12 +111,10 @@ def patchify(
     mean: Triple,
     std: Triple,
     kernel: Kernel = "native",
-    num_threads: int = 1,
 ) -> Patches:
     """Return `(patches, pixels)` of a page; see the contract above.
 
-    `num_threads` splits one page over threads of the native kernel. The default of 1 suits pages that are
-    already prepared side by side by several workers.
+    One page is the work of the calling thread; pages are prepared side by side by calling from several.
     """
     if rgb.dtype != np.uint8 or rgb.ndim != 3 or rgb.shape[2] != 3 or 0 in rgb.shape:
         raise ValueError(
@@ -140,7 +136,6 @@ def patchify(
             temporal_patch_size=temporal_patch_size,
             mean=mean,
             std=std,
-            num_threads=num_threads,
         )
     if kernel == "reference":
         return reference(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import os
 import queue
 import threading
 import time
@@ -29,7 +30,7 @@ from pagemill.config import EngineConfig
 from pagemill.core import EngineCore, TokenizedPrompt
 from pagemill.decode.page import is_degenerate, parse_page
 from pagemill.decode.sampler import SamplingParams
-from pagemill.errors import ConfigError, PagemillError, RequestError
+from pagemill.errors import CheckpointError, ConfigError, PagemillError, RequestError
 from pagemill.model.config import read_config
 from pagemill.model.loader import find_checkpoint, load_model
 from pagemill.model.prompt import Prompter, page_messages, read_profile
@@ -89,7 +90,10 @@ class _Ticket:
 
 
 class Engine:
-    """Reads pages with one model on one device. Use it as a context manager, or call `close`."""
+    """Reads pages with one model on one device.
+
+    Use it as a context manager, or call `close`: an engine that is only dropped keeps its thread and its memory.
+    """
 
     def __init__(
         self,
@@ -109,6 +113,7 @@ class Engine:
         self._tickets: dict[Sequence, _Ticket] = {}
         self._inbox: list[Callable[[], None]] = []
         self._wake = threading.Condition()
+        self._pid = os.getpid()
         self._closed = False
         self._ended = False
         self._thread = threading.Thread(target=self._run, name="pagemill-engine", daemon=True)
@@ -137,6 +142,13 @@ class Engine:
         prompter = Prompter(folder, model_config.text.vocab_size, model_config.image_token_id)
         page_prompt = prompter.render(page_messages(profile))
         processor = ImageProcessor.from_folder(folder)
+        for name_in_both in ("patch_size", "temporal_patch_size", "spatial_merge_size"):
+            ours = getattr(model_config.vision, name_in_both)
+            theirs = getattr(processor, name_in_both.removeprefix("spatial_"))
+            if ours != theirs:
+                raise CheckpointError(
+                    f"{folder}: config.json has {name_in_both} {ours}, the image settings have {theirs}"
+                )
         model = load_model(folder, model_config, kernels.select(config.kernels, device, dtype), device, dtype)
         return cls(
             EngineCore(model, prompter, config, dtype),
@@ -150,7 +162,7 @@ class Engine:
 
     def read(
         self,
-        inputs: str | SequenceOf[str],
+        inputs: str | os.PathLike[str] | SequenceOf[str | os.PathLike[str]],
         *,
         params: SamplingParams | None = None,
         dpi: float | None = None,
@@ -161,10 +173,11 @@ class Engine:
         A page in `skip`, as (source, page), is not read. A file or page that cannot be read gives a result with status
         "error" and never stops the others. Leaving the iterator early cancels what is still running.
         """
+        given = [os.fspath(i) for i in ([inputs] if isinstance(inputs, str | os.PathLike) else inputs)]
         params, dpi, call = params or SamplingParams(), dpi or self.dpi, _Call()
 
         def tasks() -> Iterator[_Task[PageResult]]:
-            for page in self._pages([inputs] if isinstance(inputs, str) else list(inputs), skip):
+            for page in self._pages(given, skip):
                 if isinstance(page, PageResult):
                     yield partial(_deliver, page)
                 else:
@@ -280,12 +293,18 @@ class Engine:
     # Worker threads: pages and requests become queued sequences.
 
     def _start(self, task: Callable[..., None], *args: object) -> None:
-        with suppress(RuntimeError):  # raised when the pool is shut down
-            self._pool.submit(task, *args)
-            return
-        task(*args)  # the task finds the engine closed and says so
+        if not self._closed and os.getpid() == self._pid:
+            try:
+                self._pool.submit(task, *args)
+                return
+            except RuntimeError:  # closed in this moment
+                if not self._closed:
+                    raise
+        task(*args)  # the task finds that there is no engine and says so
 
     def _check_open(self, call: _Call) -> None:
+        if os.getpid() != self._pid:
+            raise RequestError("an engine does not survive a fork; make one in each process")
         if call.cancelled or self._closed:
             raise RequestError("cancelled" if call.cancelled else "the engine is closed")
 
@@ -436,8 +455,8 @@ class Engine:
             try:
                 self._check_open(ticket.call)
                 seq = self.core.add(prompt, params, self.max_new_tokens, priority)
-            except RequestError as error:
-                ticket.on_end(None, str(error))
+            except Exception as error:  # one request's surprise must not cost another
+                ticket.on_end(None, _sentence(error))
                 return
             self._tickets[seq] = ticket
             ticket.call.live.add(seq)
@@ -455,7 +474,9 @@ class Engine:
         self._post(command)
 
     def _end(self, seq: Sequence, error: str | None) -> None:
-        ticket = self._tickets.pop(seq)
+        ticket = self._tickets.pop(seq, None)
+        if ticket is None:
+            return
         ticket.call.live.discard(seq)
         if error is None and seq.finish_reason == "error":
             error = (
@@ -468,33 +489,41 @@ class Engine:
             # Torch has only glue left to do here. Its OpenMP threads would wait for each other at barriers on cores that
             # the native kernels use: milliseconds for microseconds of work.
             torch.set_num_threads(1)
+        commands: list[Callable[[], None]] = []
         try:
             while not self._closed:
                 with self._wake:
                     while not (self._inbox or self._closed or self.core.scheduler.has_work):
                         self._wake.wait()
                     commands, self._inbox = self._inbox, []
-                for command in commands:
-                    command()
+                while commands:
+                    commands.pop(0)()
                 if self.core.scheduler.has_work and not self._closed:
                     self._step()
         finally:  # also after a bug in a callback: nobody may wait forever
+            self._closed = True
             with self._wake:
-                self._closed = self._ended = True
-                commands, self._inbox = self._inbox, []
-            for seq in list(self._tickets):
-                self.core.cancel(seq)
-                self._end(seq, "the engine was closed before the end")
-            for command in commands:
-                command()
+                self._inbox = commands + self._inbox
+            while not self._ended:
+                for seq in list(self._tickets):
+                    with suppress(Exception):
+                        self.core.cancel(seq)
+                    with suppress(Exception):
+                        self._end(seq, "the engine was closed before the end")
+                with self._wake:
+                    commands, self._inbox = self._inbox, []
+                    self._ended = not commands
+                for command in commands:
+                    with suppress(Exception):
+                        command()
 
     def _step(self) -> None:
         try:
             advanced, finished = self.core.step()
         except Exception as error:
-            # The step's sequences cannot be trusted any more; the engine can, once they have given back what they held.
+            # The running sequences cannot be trusted any more; the engine can, once they have given back what they held.
             reason = f"the engine failed on this batch: {_sentence(error)}"
-            for seq in list(self._tickets):
+            for seq in list(self.core.scheduler.running):
                 self.core.cancel(seq)
                 self._end(seq, reason)
             return

@@ -39,9 +39,9 @@ def kernels(request: pytest.FixtureRequest, dtype: torch.dtype) -> Kernels:
 
 
 @pytest.fixture(params=_native.isas())
-def native(request: pytest.FixtureRequest) -> Kernels:
-    """The float32 kernels of every instruction set: those whose rows must not depend on their neighbours."""
-    return open_kernels(f"native-{request.param}", torch.float32)
+def native(request: pytest.FixtureRequest, dtype: torch.dtype) -> Kernels:
+    """The C++ kernels of every instruction set: those whose rows must not depend on their neighbours."""
+    return open_kernels(f"native-{request.param}", dtype)
 
 
 def assert_close(found: Tensor, wanted: Tensor, *, size: float = 1.0, roundings: float = 1.0) -> None:

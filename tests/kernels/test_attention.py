@@ -77,9 +77,11 @@ def test_paged_large_scores_do_not_overflow(kernels: Kernels, dtype: torch.dtype
     torch.testing.assert_close(found.double(), wanted, rtol=0.02, atol=5e-3)
 
 
-def test_paged_rows_do_not_depend_on_batch_chunks_blocks_nor_threads(native: Kernels) -> None:
+def test_paged_rows_do_not_depend_on_batch_chunks_blocks_nor_threads(
+    native: Kernels, dtype: torch.dtype
+) -> None:
     contexts, heads, kv_heads, head_dim = [200, 64, 131], 4, 2, 40
-    q, keys, values = _batch(contexts, contexts, heads, kv_heads, head_dim, torch.float32)
+    q, keys, values = _batch(contexts, contexts, heads, kv_heads, head_dim, dtype)
     cache, at = Cache.fill(keys, values, 32), starts(contexts)
     whole = native.paged_attention(q, cache.k, cache.v, cache.tables, at, cache.lens, 0.2)
     rows, wanted = q.split(contexts), whole.split(contexts)
@@ -125,9 +127,9 @@ def test_varlen_of_no_rows(kernels: Kernels, dtype: torch.dtype) -> None:
     assert kernels.varlen_attention(q, q, q, starts([0, 0]), 1.0).shape == (0, 2, 8)
 
 
-def test_varlen_rows_do_not_depend_on_the_batch_nor_on_threads(native: Kernels) -> None:
+def test_varlen_rows_do_not_depend_on_the_batch_nor_on_threads(native: Kernels, dtype: torch.dtype) -> None:
     counts = [64, 30, 257]
-    q, k, v = torch.randn(3, sum(counts), 2, 80).unbind(0)
+    q, k, v = torch.randn(3, sum(counts), 2, 80, dtype=dtype).unbind(0)
     whole = native.varlen_attention(q, k, v, starts(counts), 0.1)
     first = 0
     for count in counts:

@@ -69,10 +69,11 @@ def test_gelu(kernels: Kernels, dtype: torch.dtype, width: int) -> None:
     assert_close(found, wanted, size=6)
 
 
-def test_native_gelu_keeps_the_left_tail(native: Kernels) -> None:
-    x = torch.linspace(-9, 0, 1001)[None]
+def test_native_gelu_keeps_the_left_tail(native: Kernels, dtype: torch.dtype) -> None:
+    x = torch.linspace(-9, 0, 1001, dtype=dtype)[None]
     wanted = x.double() * 0.5 * torch.special.erfc(-x.double() / math.sqrt(2))
-    torch.testing.assert_close(native.gelu(x).double(), wanted, rtol=1.5e-5, atol=0)
+    rtol = 1.5e-5 if dtype == torch.float32 else 2.0**-8
+    torch.testing.assert_close(native.gelu(x).double(), wanted, rtol=rtol, atol=0)
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -146,10 +147,19 @@ def test_greedy_of_no_rows(kernels: Kernels) -> None:
     assert token.shape == logprob.shape == (0,)
 
 
-def test_rows_do_not_depend_on_the_batch_nor_on_threads(native: Kernels) -> None:
-    x, weight, logits = torch.randn(301, 330), torch.randn(330), torch.randn(301, 333)
+def test_rows_do_not_depend_on_the_batch_nor_on_threads(native: Kernels, dtype: torch.dtype) -> None:
+    x, weight = torch.randn(301, 330, dtype=dtype), torch.randn(330, dtype=dtype)
+    angle, logits = torch.randn(301, 33), torch.randn(301, 333)
+
+    def rotated(r: slice) -> Tensor:
+        heads = x[r].clone().view(-1, 5, 66)
+        native.rotary(heads, angle[r].cos(), angle[r].sin())
+        return heads
+
     ops = [
+        rotated,
         lambda r: native.rms_norm(x[r], weight, 1e-6),
+        lambda r: native.add_rms_norm(x[r], x[r].flip(1), weight, 1e-6),
         lambda r: native.swiglu(x[r]),
         lambda r: native.gelu(x[r]),
         lambda r: native.greedy(logits[r])[1],

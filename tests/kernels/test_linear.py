@@ -37,8 +37,8 @@ def test_packs_any_stored_dtype(kernels: Kernels, dtype: torch.dtype, stored: to
     assert_close(kernels.linear(x, kernels.pack_linear(weight, bias)), wanted, size=60)
 
 
-def test_packs_a_weight_larger_than_a_piece(native: Kernels) -> None:
-    weight, x = torch.randn(3000, 700), torch.randn(2, 700)
+def test_packs_a_weight_larger_than_a_piece(native: Kernels, dtype: torch.dtype) -> None:
+    weight, x = torch.randn(3000, 700, dtype=dtype), torch.randn(2, 700, dtype=dtype)
     packed = native.pack_linear(weight, None)
     assert_close(native.linear(x, packed), x.double() @ weight.double().T, size=10 * 700**0.5)
 
@@ -62,10 +62,10 @@ def test_no_rows(kernels: Kernels, dtype: torch.dtype) -> None:
     assert kernels.linear(torch.empty(0, 4, dtype=dtype), packed).shape == (0, 8)
 
 
-def test_rows_do_not_depend_on_the_batch_nor_on_threads(native: Kernels) -> None:
-    for n, k in [(256, 768), (97, 300), (1000, 40)]:
+def test_rows_do_not_depend_on_the_batch_nor_on_threads(native: Kernels, dtype: torch.dtype) -> None:
+    for n, k in [(256, 768), (97, 301), (1000, 40)]:
         packed = native.pack_linear(torch.randn(n, k), torch.randn(n))
-        x = torch.randn(200, k)
+        x = torch.randn(200, k, dtype=dtype)
         whole = native.linear(x, packed)
         for size in (1, 2, 3, 4, 5, 6, 7, 11, 12, 13, 24, 96, 97):
             assert torch.equal(native.linear(x[100 : 100 + size], packed), whole[100 : 100 + size]), (

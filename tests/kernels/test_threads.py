@@ -1,6 +1,7 @@
 import os
 import signal
 import threading
+import time
 
 import pytest
 import torch
@@ -74,3 +75,53 @@ def test_arrays_come_as_capsules_or_by_protocol_and_are_not_consumed() -> None:
         _native.gelu([[1.0]], dl(out))
     with pytest.raises(ValueError, match="x: expected"):
         _native.gelu(torch.zeros(2, 16, dtype=torch.float16), dl(out))
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (3, 0)])
+def test_an_empty_array_is_contiguous_whatever_its_strides(shape: tuple[int, int]) -> None:
+    x = torch.empty(shape[1], shape[0], 7).permute(1, 0, 2)[:, :, 3]
+    assert x.shape == shape
+    assert KERNELS.gelu(x).shape == shape
+    ids = torch.empty(0, 2, dtype=torch.int64)[:, 0]
+    assert KERNELS.embed(ids, KERNELS.pack_linear(torch.randn(8, 4), None)).shape == (0, 4)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_parallel_for_covers_every_item_once(threads: int) -> None:
+    _native.set_num_threads(threads)
+    for n, chunk in [(0, 1), (1, 1), (100, 1), (100, 7), (5, 100)]:
+        seen: list[int] = []
+        _native.parallel_for(n, chunk, lambda begin, end, seen=seen: seen.extend(range(begin, end)))
+        assert sorted(seen) == list(range(n)), (n, chunk)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_an_exception_of_any_thread_reaches_the_caller_and_leaves_the_pool_sound(threads: int) -> None:
+    """Whichever thread it strikes: the caller of the loop, a worker, or all of them at once."""
+    _native.set_num_threads(threads)
+    caller = threading.get_ident()
+    for struck in ("caller", "worker", "any") * 20:
+        begun: list[int] = []
+        thrown: list[int] = []
+
+        def work(
+            begin: int, end: int, struck: str = struck, begun: list[int] = begun, thrown: list[int] = thrown
+        ) -> None:
+            begun.append(begin)
+            here = "caller" if threading.get_ident() == caller else "worker"
+            if struck in (here, "any"):
+                thrown.append(begin)
+                raise MemoryError(begin)
+            time.sleep(1e-4)
+
+        caught = None
+        try:
+            _native.parallel_for(16, 1, work)
+        except MemoryError as error:
+            caught = error.args[0]
+        assert caught in thrown if thrown else caught is None
+        assert thrown or struck != "any"
+        assert len(set(begun)) == len(begun)
+        done: list[int] = []
+        _native.parallel_for(64, 1, lambda begin, end, done=done: done.extend(range(begin, end)))
+        assert sorted(done) == list(range(64))
