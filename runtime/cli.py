@@ -152,8 +152,8 @@ def read(
 
     A record is on disk before its page counts as done.
     A run that was stopped, even by kill -9, goes on with --resume:
-    no page is lost or written twice. Relative names start from the folder of the run,
-    so --resume refuses to go on from another one.
+    no page is lost or written twice. Go on in the folder where the run began:
+    from another one, relative names would be other files, and --resume refuses.
     One bad page never takes the others down. A file named twice is read once.
 
     [bold]Examples[/]
@@ -183,7 +183,8 @@ def read(
         with open_output(output, format, resume=resume, overwrite=overwrite, sources=found.sources) as target:
             already = target.statuses.total()
             if already and not quiet:
-                _say(f"{already} pages are in {printable(target.name)} already.")
+                pages = "page is" if already == 1 else "pages are"
+                _say(f"{already} {pages} in {printable(target.name)} already.")
             if target.note is not None and not quiet:
                 _say(printable(target.note))
             to_terminal = not target.resumable and sys.stdout.isatty()

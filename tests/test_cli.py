@@ -230,7 +230,7 @@ def test_terminal_shows_a_live_bar(folder: Path) -> None:
 def test_bar_and_clock_fit_a_narrow_terminal(folder: Path) -> None:
     (folder / "loop_p30.png").touch()
     arguments = ("read", "loop_p30.png", "bad.png", "-o", "out.jsonl")
-    _, shown = run_on_a_terminal(*arguments, cwd=folder, FAKE_DELAY="0.05", COLUMNS="80")
+    _, shown = run_on_a_terminal(*arguments, cwd=folder, FAKE_DELAY="0.06", COLUMNS="80")
     frames = [line for line in re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown).split("\r") if "0:00:01" in line]
     assert frames
     assert all(re.search(r"0:00:01 [━╸╺]{10} \d+/\d+ pages · \S+ pages/s", frame) for frame in frames)

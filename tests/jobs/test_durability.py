@@ -223,10 +223,11 @@ def test_two_runs_never_write_one_file(tmp_path: Path) -> None:
     output = tmp_path / "out.jsonl"
     first = start("read", *names, "-o", output, cwd=tmp_path, FAKE_DELAY="0.005")
     wait_for_bytes(output, 500, first)
+    first.send_signal(signal.SIGSTOP)  # it must not end before the others have tried
     for option in ("--resume", "--overwrite"):
         code, _, err = finish(start("read", *names, "-o", output, option, cwd=tmp_path))
         assert code == 2
         assert "another run is writing" in err
-    assert first.poll() is None
+    first.send_signal(signal.SIGCONT)
     assert finish(first)[0] == 0
     assert keys(output) == expected(names)
