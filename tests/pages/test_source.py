@@ -471,7 +471,9 @@ def test_a_pdf_without_pages(tmp_path):
 def test_a_pdf_that_claims_more_pages_than_it_can_hold(tmp_path, monkeypatch):
     objects = [b"<< /Type /Catalog /Pages 2 0 R >>", b"<< /Type /Pages /Kids [] /Count 1000000 >>"]
     (tmp_path / "a.pdf").write_bytes(raw_pdf(objects))
-    assert "damaged, it claims 1000000 pages" in refusal(lambda: pages(tmp_path / "a.pdf"), tmp_path / "a.pdf")
+    assert "damaged, it claims 1000000 pages" in refusal(
+        lambda: pages(tmp_path / "a.pdf"), tmp_path / "a.pdf"
+    )
     monkeypatch.setattr(pdf, "MAX_PDF_PAGES", 2)
     (tmp_path / "b.pdf").write_bytes(pdf_bytes((72, 72), (72, 72), (72, 72)))
     assert "more than 2, split it" in refusal(lambda: pages(tmp_path / "b.pdf"), tmp_path / "b.pdf")
@@ -663,7 +665,7 @@ def test_an_input_that_matches_nothing_is_named(tmp_path, monkeypatch, given):
 
 
 def test_an_empty_name_is_a_sentence():
-    with pytest.raises(PageError, match="^an input has an empty name"):
+    with pytest.raises(PageError, match=r"^an input has an empty name"):
         expand_inputs([""])
 
 
