@@ -6,7 +6,7 @@ float32. A malformed argument raises ValueError naming it; nothing is converted 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol
@@ -33,7 +33,7 @@ class LinearOp(Protocol):
 class Kernels:
     """The chosen implementation of every op; the contracts stand in the module of the same name."""
 
-    pack_linear: Callable[[Tensor, Tensor | None], PackedLinear]
+    pack_linear: Callable[[Tensor | Sequence[Tensor], Tensor | None], PackedLinear]
     linear: LinearOp
     embed: Callable[[Tensor, PackedLinear], Tensor]
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]

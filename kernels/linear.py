@@ -6,6 +6,7 @@ bfloat16), sums are float32. W is packed once, when the model is loaded.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -50,24 +51,28 @@ class PackedLinear:
         return self.weight.dtype
 
 
-def _check_weight(weight: Tensor, bias: Tensor | None) -> None:
-    expect_tensor("weight", weight, _WEIGHTS, (None, None))
+def _parts(weight: Tensor | Sequence[Tensor], bias: Tensor | None) -> list[Tensor]:
+    parts = [weight] if isinstance(weight, Tensor) else list(weight)
+    expect(bool(parts), "weight", "at least one matrix", "none")
+    for part in parts:
+        expect_tensor("weight", part, _WEIGHTS, (None, parts[0].shape[-1]))
     if bias is not None:
-        expect_tensor("bias", bias, _WEIGHTS, (weight.shape[0],))
+        expect_tensor("bias", bias, _WEIGHTS, (sum(len(part) for part in parts),))
+    return parts
 
 
 def _check_ids(ids: Tensor) -> None:
     expect_tensor("ids", ids, torch.int64, (None,))
 
 
-def pack_reference(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> PackedLinear:
-    """Keep `weight` `[N, K]` (float32, bfloat16 or float16) as it is, in `dtype`; no copy where it already
-    is.
-    """
-    _check_weight(weight, bias)
-    n, k = weight.shape
+def pack_reference(
+    weight: Tensor | Sequence[Tensor], bias: Tensor | None, dtype: torch.dtype
+) -> PackedLinear:
+    """Copy `weight` into `dtype`: `[N, K]` float32, bfloat16 or float16, or several such, stacked by rows."""
+    parts = _parts(weight, bias)
+    rows = torch.cat([part.to(dtype) for part in parts])
     bias = None if bias is None else bias.to(dtype).contiguous()
-    return PackedLinear(weight.to(dtype).contiguous(), bias, n, k)
+    return PackedLinear(rows, bias, *rows.shape)
 
 
 def linear_reference(x: Tensor, packed: PackedLinear, *, out_float32: bool = False) -> Tensor:
@@ -88,17 +93,22 @@ def embed_reference(ids: Tensor, packed: PackedLinear) -> Tensor:
     return F.embedding(ids, packed.weight)
 
 
-def pack_native(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> PackedLinear:
+def pack_native(weight: Tensor | Sequence[Tensor], bias: Tensor | None, dtype: torch.dtype) -> PackedLinear:
     """Pack into panels of 32 output features; beyond them it needs a small piece of the weight at a time."""
-    _check_weight(weight, bias)
-    n, k = weight.shape
+    parts = _parts(weight, bias)
+    if any(len(part) % _PANEL for part in parts[:-1]):
+        parts = [torch.cat(parts)]  # heads narrower than a panel: only tiny models have them
+    n, k = sum(len(part) for part in parts), parts[0].shape[1]
     count = -(-n // _PANEL)
     shape = (count, k, _PANEL) if dtype == torch.float32 else (count, -(-k // 2), _PANEL, 2)
     panels = torch.empty(shape, dtype=dtype)
     step = max(1, (1 << 20) // max(1, _PANEL * k)) * _PANEL
-    for first in range(0, n, step):
-        piece = weight[first : first + step].to(dtype)
-        _native.pack_panels(dl(piece), first, dl(panels))
+    done = 0
+    for part in parts:
+        for first in range(0, len(part), step):
+            piece = part[first : first + step].to(dtype)
+            _native.pack_panels(dl(piece), done + first, dl(panels))
+        done += len(part)
     padded = None
     if bias is not None:
         padded = torch.zeros(count * _PANEL)

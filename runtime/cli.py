@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shlex
 import signal
 import sys
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -19,7 +20,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from pagemill import __version__
-from pagemill.errors import ConfigError, PagemillError
+from pagemill.errors import ConfigError, PagemillError, printable
 
 if TYPE_CHECKING:
     from pagemill.engine import Engine
@@ -30,6 +31,8 @@ EXIT_USAGE = 2
 EXIT_BUG = 70  # EX_SOFTWARE of sysexits.h
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
 EXIT_PIPE_CLOSED = 141  # 128 + SIGPIPE
+
+_LONGEST_COMMAND = 500  # characters that are still worth repeating
 
 app = typer.Typer(
     help="Document pages into structured text. Start with [bold]pagemill read scan.png[/].",
@@ -62,6 +65,12 @@ _DTypeOption = Annotated[
 _Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
+def _number(value: float | None) -> float | None:
+    if value is not None and math.isnan(value):  # it passes every range
+        raise typer.BadParameter("nan is not a number.")
+    return value
+
+
 def _version(wanted: bool) -> None:
     if wanted:
         print(f"pagemill {__version__}")
@@ -80,7 +89,7 @@ def _root(
 @app.command(
     epilog="[bold]Exit code[/] 0: every page was read (degenerate pages count as read, with a warning). "
     "1: a page failed. 2: wrong usage, configuration or checkpoint, or the output cannot be written. "
-    "130: interrupted."
+    "70: a bug in pagemill. 130: interrupted. 141: the program that read standard output went away."
 )
 def read(
     inputs: Annotated[
@@ -95,7 +104,10 @@ def read(
         typer.Option("--format", help="By default what the suffix of OUT says; jsonl for standard output."),
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with OUT: pages that it holds are not read again.")
+        bool,
+        typer.Option(
+            "--resume", help="Go on with OUT, from the same folder: pages it holds are not read again."
+        ),
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT.")] = False,
     max_new_tokens: Annotated[
@@ -104,7 +116,12 @@ def read(
     dpi: Annotated[
         float | None,
         typer.Option(
-            "--dpi", min=1, max=2400, metavar="N", help="PDF rendering; by default what the model likes."
+            "--dpi",
+            min=1,
+            max=2400,
+            callback=_number,
+            metavar="N",
+            help="PDF rendering; by default what the model likes.",
         ),
     ] = None,
     device: _DeviceOption = "cpu",
@@ -114,11 +131,19 @@ def read(
         typer.Option("--quantize", help="Quantise the weights (not supported yet)."),
     ] = None,
     concurrency: Annotated[
-        int | None, typer.Option("--concurrency", min=1, metavar="N", help="Pages in the model at a time.")
+        int | None,
+        typer.Option("--concurrency", min=1, max=4096, metavar="N", help="Pages in the model at a time."),
     ] = None,
     kv_cache_gb: Annotated[
         float | None,
-        typer.Option("--kv-cache-gb", min=0, metavar="X", help="Memory for the KV cache, in GB."),
+        typer.Option(
+            "--kv-cache-gb",
+            min=0,
+            max=1e6,
+            callback=_number,
+            metavar="X",
+            help="Memory for the KV cache, in GB.",
+        ),
     ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no summary.")] = False,
     debug: _Debug = False,
@@ -127,7 +152,8 @@ def read(
 
     A record is on disk before its page counts as done.
     A run that was stopped, even by kill -9, goes on with --resume:
-    no page is lost or written twice.
+    no page is lost or written twice. Go on in the folder where the run began:
+    from another one, relative names would be other files, and --resume refuses.
     One bad page never takes the others down. A file named twice is read once.
 
     [bold]Examples[/]
@@ -154,16 +180,21 @@ def read(
         found = list_inputs(inputs)
         if found.repeated and not quiet:
             _say(f"{found.repeated} of the inputs name a file a second time: each file is read once.")
-        with open_output(output, format, resume=resume, overwrite=overwrite) as target:
+        with open_output(output, format, resume=resume, overwrite=overwrite, sources=found.sources) as target:
             already = target.statuses.total()
             if already and not quiet:
-                _say(f"{already} pages are in {target.name} already.")
-            with _load(model, device, dtype, concurrency=concurrency, kv_cache_gb=kv_cache_gb) as engine:
+                pages = "page is" if already == 1 else "pages are"
+                _say(f"{already} {pages} in {printable(target.name)} already.")
+            if target.note is not None and not quiet:
+                _say(printable(target.note))
+            to_terminal = not target.resumable and sys.stdout.isatty()
+            live = _stderr.is_terminal and not quiet and not to_terminal
+            with _loading(model) if live else nullcontext():
+                engine = _load(model, device, dtype, concurrency=concurrency, kv_cache_gb=kv_cache_gb)
+            with engine:
                 from pagemill.decode.sampler import SamplingParams
 
                 params = None if max_new_tokens is None else SamplingParams(max_new_tokens=max_new_tokens)
-                to_terminal = not target.resumable and sys.stdout.isatty()
-                live = _stderr.is_terminal and not quiet and not to_terminal
                 report = ProgressReport(_stderr, found, already=already, live=live)
                 on_page = None if quiet else report.on_page
                 try:
@@ -227,6 +258,10 @@ def _load(
     return Engine.from_pretrained(model, device=device, dtype=dtype, **options)
 
 
+def _loading(model: str) -> AbstractContextManager[object]:
+    return _stderr.status(f"loading {escape(printable(model))}")
+
+
 @contextmanager
 def _sentences(debug: bool) -> Iterator[None]:
     """Turn every error into one sentence on standard error and an exit code."""
@@ -241,17 +276,31 @@ def _sentences(debug: bool) -> Iterator[None]:
     except PagemillError as error:
         if debug:
             traceback.print_exc()
-        _say(f"[red]error:[/] {escape(str(error))}", markup=True)
+        _error(str(error))
         raise typer.Exit(EXIT_USAGE) from None
     except Exception as error:
         if debug:
             traceback.print_exc()
+        if _is_out_of_memory(error):
+            _error(
+                "there is not enough memory: lower --concurrency and --kv-cache-gb, or take a smaller model."
+            )
+            raise typer.Exit(EXIT_USAGE) from None
         hint = "" if debug else " (--debug shows where)"
-        _say(
-            f"[red]error:[/] {escape(f'{type(error).__name__}: {error}')}; this is a bug in pagemill{hint}.",
-            markup=True,
-        )
+        _error(f"{type(error).__name__}: {error}; this is a bug in pagemill{hint}.")
         raise typer.Exit(EXIT_BUG) from None
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    # torch says so in the text of a RuntimeError, on CPU and on GPU.
+    text = str(error)
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and ("can't allocate memory" in text or "out of memory" in text)
+    )
+
+
+def _error(text: str) -> None:
+    _say(f"[red]error:[/] {escape(printable(text))}", markup=True)
 
 
 def _say(text: str, *, markup: bool = False) -> None:
@@ -264,7 +313,10 @@ def _how_to_resume(output: Output, arguments: list[str]) -> str:
     again = [argument for argument in arguments if argument != "--overwrite"]
     if "--resume" not in again:
         again.append("--resume")
-    return f"interrupted; finished pages are safe. Go on with: {shlex.join(['pagemill', *again])}"
+    command = printable(shlex.join(["pagemill", *again]))
+    if len(command) > _LONGEST_COMMAND:
+        return "interrupted; finished pages are safe. Go on with the same command and --resume."
+    return f"interrupted; finished pages are safe. Go on with: {command}"
 
 
 def _flat(facts: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence as SequenceOf
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -86,14 +88,25 @@ class EngineCore:
 
         Raises `RequestError` when placeholders and images do not match, or a token is not in the vocabulary.
         """
+        config = self.model.config
+        for image in images:
+            (t, h, w), merge = image.grid, config.vision.spatial_merge_size
+            whole = h % merge == w % merge == 0 and image.num_tokens == t * h * w // merge**2
+            if not whole or image.patches.shape != (t * h * w, config.vision.patch_dim):
+                raise RequestError(
+                    f"a prepared image has grid {image.grid}, {image.num_tokens} tokens and patches of shape "
+                    f"{image.patches.shape}, which do not belong together in this model"
+                )
         counts = [image.num_tokens for image in images]
         if isinstance(prompt, str):
             token_ids, starts = self.prompter.encode(prompt, counts)
         else:
             token_ids, starts = self.prompter.expand(prompt, counts)
-            vocab = self.model.config.text.vocab_size
-            if not all(0 <= token < vocab for token in token_ids):
-                raise RequestError(f"the prompt holds token ids outside the vocabulary of {vocab}")
+            vocab = config.text.vocab_size
+            if not all(isinstance(token, int) and 0 <= token < vocab for token in token_ids):
+                raise RequestError(
+                    f"the prompt should hold token ids, integers inside the vocabulary of {vocab}"
+                )
         return TokenizedPrompt(
             token_ids,
             [
@@ -106,6 +119,8 @@ class EngineCore:
         self, prompt: TokenizedPrompt, params: SamplingParams, max_new_tokens: int, priority: int = 0
     ) -> Sequence:
         """Queue a request. Raises `RequestError` if its prompt is empty or too long for the context or the KV budget."""
+        if not isinstance(params, SamplingParams) or not isinstance(priority, int):
+            raise RequestError("params should be SamplingParams and priority an integer")
         num_prompt = len(prompt.token_ids)
         pool = self.blocks.num_blocks * self.blocks.block_size
         if not num_prompt:
@@ -156,7 +171,7 @@ class EngineCore:
         for seq, logprob in zip(advanced, logprobs, strict=True):
             if logprob != logprob or logprob == float("-inf"):
                 self._end(seq, "error", finished)
-            elif seq.params.stop and seq.finish_reason is None and self._hit_stop_string(seq):
+            elif seq.params.stop and seq.finish_reason in (None, "length") and self._hit_stop_string(seq):
                 self._end(seq, "stop", finished)
         for seq in finished:
             seq.timeline.finished = now
@@ -189,8 +204,14 @@ def _free_memory(device: torch.device) -> int:
     """Bytes of memory that can be had now on the device."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    with open("/proc/meminfo") as f:
-        for line in f:
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    return 1 << 30
+    fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+    free = int(fields["MemAvailable"].split()[0]) * 1024
+    # A container's own limit, control groups of version 2, then 1.
+    for limit, used in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ):
+        with suppress(OSError, ValueError):  # not limited, or no such controller
+            root = Path("/sys/fs/cgroup")
+            free = min(free, int((root / limit).read_text()) - int((root / used).read_text()))
+    return max(free, 0)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import os
 import queue
 import threading
 import time
@@ -18,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -29,7 +30,7 @@ from pagemill.config import EngineConfig
 from pagemill.core import EngineCore, TokenizedPrompt
 from pagemill.decode.page import is_degenerate, parse_page
 from pagemill.decode.sampler import SamplingParams
-from pagemill.errors import ConfigError, PagemillError, RequestError
+from pagemill.errors import CheckpointError, ConfigError, PagemillError, RequestError
 from pagemill.model.config import read_config
 from pagemill.model.loader import find_checkpoint, load_model
 from pagemill.model.prompt import Prompter, page_messages, read_profile
@@ -37,6 +38,10 @@ from pagemill.pages.preprocess import ImageProcessor, PreparedImage
 from pagemill.pages.source import PageRef, expand_inputs, list_pages, load_page
 from pagemill.results import PageResult, RequestOutput, Seconds, TokenCounts
 from pagemill.sequence import Sequence
+
+T = TypeVar("T")
+_Task = Callable[[Callable[[T], None]], None]
+"""Starts something and sees to it that the callable it is given gets exactly one result."""
 
 _open_engines: weakref.WeakSet[Engine] = weakref.WeakSet()
 
@@ -85,7 +90,10 @@ class _Ticket:
 
 
 class Engine:
-    """Reads pages with one model on one device. Use it as a context manager, or call `close`."""
+    """Reads pages with one model on one device.
+
+    Use it as a context manager, or call `close`: an engine that is only dropped keeps its thread and its memory.
+    """
 
     def __init__(
         self,
@@ -105,6 +113,7 @@ class Engine:
         self._tickets: dict[Sequence, _Ticket] = {}
         self._inbox: list[Callable[[], None]] = []
         self._wake = threading.Condition()
+        self._pid = os.getpid()
         self._closed = False
         self._ended = False
         self._thread = threading.Thread(target=self._run, name="pagemill-engine", daemon=True)
@@ -133,6 +142,13 @@ class Engine:
         prompter = Prompter(folder, model_config.text.vocab_size, model_config.image_token_id)
         page_prompt = prompter.render(page_messages(profile))
         processor = ImageProcessor.from_folder(folder)
+        for name_in_both in ("patch_size", "temporal_patch_size", "spatial_merge_size"):
+            ours = getattr(model_config.vision, name_in_both)
+            theirs = getattr(processor, name_in_both.removeprefix("spatial_"))
+            if ours != theirs:
+                raise CheckpointError(
+                    f"{folder}: config.json has {name_in_both} {ours}, the image settings have {theirs}"
+                )
         model = load_model(folder, model_config, kernels.select(config.kernels, device, dtype), device, dtype)
         return cls(
             EngineCore(model, prompter, config, dtype),
@@ -146,7 +162,7 @@ class Engine:
 
     def read(
         self,
-        inputs: str | SequenceOf[str],
+        inputs: str | os.PathLike[str] | SequenceOf[str | os.PathLike[str]],
         *,
         params: SamplingParams | None = None,
         dpi: float | None = None,
@@ -157,25 +173,18 @@ class Engine:
         A page in `skip`, as (source, page), is not read. A file or page that cannot be read gives a result with status
         "error" and never stops the others. Leaving the iterator early cancels what is still running.
         """
-        params = params or SamplingParams()
-        pages = self._pages([inputs] if isinstance(inputs, str) else list(inputs), skip)
-        results: queue.SimpleQueue[PageResult] = queue.SimpleQueue()
-        call = _Call()
-        # Enough prepared pages that a free place in the batch never waits, few enough that memory stays bounded.
-        most = self.core.config.max_num_seqs + 2 * self.core.config.prepare_threads
-        pending = 0
+        given = [os.fspath(i) for i in ([inputs] if isinstance(inputs, str | os.PathLike) else inputs)]
+        params, dpi, call = params or SamplingParams(), dpi or self.dpi, _Call()
+
+        def tasks() -> Iterator[_Task[PageResult]]:
+            for page in self._pages(given, skip):
+                if isinstance(page, PageResult):
+                    yield partial(_deliver, page)
+                else:
+                    yield partial(self._start, self._read_page, page, params, dpi, call)
+
         try:
-            while True:
-                while pending < most and (page := next(pages, None)) is not None:
-                    pending += 1
-                    if isinstance(page, PageResult):
-                        results.put(page)
-                    else:
-                        self._start(self._read_page, page, params, dpi or self.dpi, call, results.put)
-                if not pending:
-                    return
-                yield results.get()
-                pending -= 1
+            yield from self._flow(tasks())
         finally:
             self._cancel(call)
 
@@ -184,15 +193,32 @@ class Engine:
     ) -> list[RequestOutput]:
         """Answer requests, in their order. One that cannot be served has finish reason "error" and its reason in `error`."""
         call = _Call()
-        done: queue.SimpleQueue[tuple[int, RequestOutput]] = queue.SimpleQueue()
+        tasks = (
+            partial(self._start, self._prepare_request, i, request, params, call, None)
+            for i, request in enumerate(requests)
+        )
         try:
-            for i, request in enumerate(requests):
-                deliver = partial(_put_numbered, done, i)
-                self._start(self._prepare_request, request, params, call, None, deliver)
-            outputs = dict(done.get() for _ in requests)
+            outputs = dict(self._flow(tasks))
         finally:
             self._cancel(call)
         return [outputs[i] for i in range(len(requests))]
+
+    def _flow(self, tasks: Iterator[_Task[T]]) -> Iterator[T]:
+        """Start tasks, a bounded number ahead, and yield what each delivers, in order of completion.
+
+        The bound keeps enough prepared pages that a free place in the batch never waits, and memory small.
+        """
+        done: queue.SimpleQueue[T] = queue.SimpleQueue()
+        most = self.core.config.max_num_seqs + 2 * self.core.config.prepare_threads
+        pending = 0
+        while True:
+            while pending < most and (task := next(tasks, None)) is not None:
+                pending += 1
+                task(done.put)
+            if not pending:
+                return
+            yield done.get()
+            pending -= 1
 
     async def stream(
         self, request: Request, params: SamplingParams | None = None
@@ -206,15 +232,15 @@ class Engine:
         latest: list[RequestOutput] = []
         call = _Call()
 
-        def deliver(output: RequestOutput) -> None:
+        def deliver(numbered: tuple[int, RequestOutput]) -> None:
             def on_loop() -> None:
-                latest[:] = [output]
+                latest[:] = [numbered[1]]
                 arrived.set()
 
             with suppress(RuntimeError):  # the caller's loop has ended, and with it all interest
                 loop.call_soon_threadsafe(on_loop)
 
-        self._start(self._prepare_request, request, params, call, deliver, deliver)
+        self._start(self._prepare_request, 0, request, params, call, deliver, deliver)
         try:
             while True:
                 await arrived.wait()
@@ -267,12 +293,18 @@ class Engine:
     # Worker threads: pages and requests become queued sequences.
 
     def _start(self, task: Callable[..., None], *args: object) -> None:
-        with suppress(RuntimeError):  # raised when the pool is shut down
-            self._pool.submit(task, *args)
-            return
-        task(*args)  # the task finds the engine closed and says so
+        if not self._closed and os.getpid() == self._pid:
+            try:
+                self._pool.submit(task, *args)
+                return
+            except RuntimeError:  # closed in this moment
+                if not self._closed:
+                    raise
+        task(*args)  # the task finds that there is no engine and says so
 
     def _check_open(self, call: _Call) -> None:
+        if os.getpid() != self._pid:
+            raise RequestError("an engine does not survive a fork; make one in each process")
         if call.cancelled or self._closed:
             raise RequestError("cancelled" if call.cancelled else "the engine is closed")
 
@@ -350,13 +382,14 @@ class Engine:
 
     def _prepare_request(
         self,
+        number: int,
         request: Request,
         params: SamplingParams | None,
         call: _Call,
-        on_output: Callable[[RequestOutput], None] | None,
-        deliver: Callable[[RequestOutput], None],
+        on_output: Callable[[tuple[int, RequestOutput]], None] | None,
+        deliver: Callable[[tuple[int, RequestOutput]], None],
     ) -> None:
-        """Prepare one request and queue it; whatever happens, `deliver` gets exactly one final output."""
+        """Prepare one request and queue it; whatever happens, `deliver` gets exactly one final output, with `number`."""
         started = time.perf_counter()
         prepare = 0.0
 
@@ -376,9 +409,9 @@ class Engine:
                 failed = RequestOutput(
                     request.request_id, "", [], "error", TokenCounts(), Seconds(), error=error
                 )
-                deliver(failed)
+                deliver((number, failed))
             else:
-                deliver(output(seq))
+                deliver((number, output(seq)))
 
         try:
             self._check_open(call)
@@ -392,7 +425,7 @@ class Engine:
                 prompt = list(request.prompt)  # type: ignore[arg-type]
             tokenized = self.core.tokenize(prompt, images)
             prepare = time.perf_counter() - started
-            on_token = None if on_output is None else lambda seq: on_output(output(seq))
+            on_token = None if on_output is None else lambda seq: on_output((number, output(seq)))
             ticket = _Ticket(call, on_end, on_token)
             self._submit(tokenized, request.params or params or SamplingParams(), request.priority, ticket)
         except Exception as error:
@@ -422,8 +455,8 @@ class Engine:
             try:
                 self._check_open(ticket.call)
                 seq = self.core.add(prompt, params, self.max_new_tokens, priority)
-            except RequestError as error:
-                ticket.on_end(None, str(error))
+            except Exception as error:  # one request's surprise must not cost another
+                ticket.on_end(None, _sentence(error))
                 return
             self._tickets[seq] = ticket
             ticket.call.live.add(seq)
@@ -441,7 +474,9 @@ class Engine:
         self._post(command)
 
     def _end(self, seq: Sequence, error: str | None) -> None:
-        ticket = self._tickets.pop(seq)
+        ticket = self._tickets.pop(seq, None)
+        if ticket is None:
+            return
         ticket.call.live.discard(seq)
         if error is None and seq.finish_reason == "error":
             error = (
@@ -454,33 +489,41 @@ class Engine:
             # Torch has only glue left to do here. Its OpenMP threads would wait for each other at barriers on cores that
             # the native kernels use: milliseconds for microseconds of work.
             torch.set_num_threads(1)
+        commands: list[Callable[[], None]] = []
         try:
             while not self._closed:
                 with self._wake:
                     while not (self._inbox or self._closed or self.core.scheduler.has_work):
                         self._wake.wait()
                     commands, self._inbox = self._inbox, []
-                for command in commands:
-                    command()
+                while commands:
+                    commands.pop(0)()
                 if self.core.scheduler.has_work and not self._closed:
                     self._step()
         finally:  # also after a bug in a callback: nobody may wait forever
+            self._closed = True
             with self._wake:
-                self._closed = self._ended = True
-                commands, self._inbox = self._inbox, []
-            for seq in list(self._tickets):
-                self.core.cancel(seq)
-                self._end(seq, "the engine was closed before the end")
-            for command in commands:
-                command()
+                self._inbox = commands + self._inbox
+            while not self._ended:
+                for seq in list(self._tickets):
+                    with suppress(Exception):
+                        self.core.cancel(seq)
+                    with suppress(Exception):
+                        self._end(seq, "the engine was closed before the end")
+                with self._wake:
+                    commands, self._inbox = self._inbox, []
+                    self._ended = not commands
+                for command in commands:
+                    with suppress(Exception):
+                        command()
 
     def _step(self) -> None:
         try:
             advanced, finished = self.core.step()
         except Exception as error:
-            # The step's sequences cannot be trusted any more; the engine can, once they have given back what they held.
+            # The running sequences cannot be trusted any more; the engine can, once they have given back what they held.
             reason = f"the engine failed on this batch: {_sentence(error)}"
-            for seq in list(self._tickets):
+            for seq in list(self.core.scheduler.running):
                 self.core.cancel(seq)
                 self._end(seq, reason)
             return
@@ -491,10 +534,8 @@ class Engine:
             self._end(seq, None)
 
 
-def _put_numbered(
-    done: queue.SimpleQueue[tuple[int, RequestOutput]], number: int, output: RequestOutput
-) -> None:
-    done.put((number, output))
+def _deliver(result: T, deliver: Callable[[T], None]) -> None:
+    deliver(result)
 
 
 def _sentence(error: Exception) -> str:

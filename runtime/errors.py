@@ -1,5 +1,14 @@
 """Every error a user can meet: one sentence that says what, where, and what to do."""
 
+import re
+
+_UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: str) -> str:
+    """Return one line that is safe to show: control, direction and non-UTF-8 characters of names as escapes."""
+    return _UNSAFE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
 
 class PagemillError(Exception):
     """Base of all errors that pagemill raises on purpose."""

@@ -26,6 +26,14 @@ def block_bytes(
     return 2 * model_layers * num_kv_heads * head_dim * block_size * dtype.itemsize
 
 
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeroed memory. On the CPU the system gives a page at its first write: a budget costs nothing until it is used."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    lazily = np.zeros(shape, dtype=np.float32 if dtype == torch.float32 else np.uint16)
+    return torch.from_numpy(lazily).view(dtype)
+
+
 class Runner:
     """Owns the KV cache tensors and the block-table array of running sequences."""
 
@@ -45,13 +53,9 @@ class Runner:
         self.block_size = block_size
         text = model.config.text
         k_shape, v_shape = kv_cache_shapes(num_blocks, text.num_kv_heads, text.head_dim, block_size)
-        # Zero pages are given by the system at first write: an oversized budget costs no memory until it is used.
         try:
             self.kv_cache = [
-                (
-                    torch.zeros(k_shape, dtype=dtype, device=device),
-                    torch.zeros(v_shape, dtype=dtype, device=device),
-                )
+                (_zeros(k_shape, dtype, device), _zeros(v_shape, dtype, device))
                 for _ in range(text.num_layers)
             ]
         except (RuntimeError, MemoryError) as error:  # torch's allocators raise RuntimeError

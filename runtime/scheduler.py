@@ -114,6 +114,10 @@ class Scheduler:
             else:  # its place in the heap is skipped when it comes up
                 seq.finish_reason = "cancelled"
                 self.num_waiting -= 1
+                for image in seq.images:
+                    image.patches = image.patches[:0].copy()
+                if not self.num_waiting:
+                    self._waiting.clear()
 
     def schedule(self, now: float = 0.0) -> StepPlan:
         """Plan the next step, taking blocks and image space for it. `now` is the clock for timelines, in seconds."""
@@ -156,8 +160,9 @@ class Scheduler:
             if computed // block_size > seq.num_published:
                 self._publish(seq)
             if n > 1 or computed <= seq.num_prompt:
+                needed = {image.digest for image in seq.images if image.end > computed}
                 for image in seq.images:
-                    if image.end <= computed:
+                    if image.digest not in needed:
                         self.images.release(image.digest, seq.id)
             if computed < len(seq.token_ids):
                 continue
@@ -192,11 +197,11 @@ class Scheduler:
         del seq.token_ids[num_tokens:], seq.logprobs[num_tokens - seq.num_prompt :]
         # The last token kept is computed again: its logits choose the next one.
         seq.num_computed = min(seq.num_computed, num_tokens - 1)
-        self.blocks.truncate(seq.block_table, seq.num_computed)
         full = seq.num_computed // self.blocks.block_size
         del seq.block_digests[full:]
         seq.num_published = min(seq.num_published, full)
         seq.num_synced = min(seq.num_synced, full)
+        self.blocks.truncate(seq.block_table, seq.num_computed)
 
     def check(self) -> None:
         """Raise `AssertionError` unless every block, row and image hold is explained by a live sequence."""

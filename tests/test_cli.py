@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import re
 import subprocess
 import sys
 from importlib.metadata import version
@@ -105,6 +106,12 @@ def test_file_given_twice_is_read_once_and_said(folder: Path) -> None:
         (["b.png", "--resume"], "--resume needs a file"),
         (["b.png", "-o", "x.md", "--resume", "--overwrite"], "give one of them"),
         (["b.png", "-o", "b_full.jsonl"], "--resume to go on"),
+        ([""], "an input has an empty name"),
+        (["b.png", "-o", ""], "the output has an empty name"),
+        (["b.png", "-o", "", "--format", "md"], "the output has an empty name"),
+        (["b.png", "--model", "too\x1bbig"], "there is not enough memory"),
+        (["b\x1b[31m\n.png"], "b\\x1b[31m\\n.png"),
+        (["b_full.jsonl", "b.png", "-o", "b_full.jsonl", "--overwrite"], "would destroy the input"),
     ],
 )
 def test_mistakes_are_one_sentence(folder: Path, arguments: list[str], sentence: str) -> None:
@@ -128,6 +135,11 @@ def test_mistakes_are_one_sentence(folder: Path, arguments: list[str], sentence:
         ["read", "b.png", "--max-new-tokens", "0"],
         ["read", "b.png", "--concurrency", "0"],
         ["read", "b.png", "--dpi", "-1"],
+        ["read", "b.png", "--dpi", "nan"],
+        ["read", "b.png", "--concurrency", "1000000000000"],
+        ["read", "b.png", "--kv-cache-gb", "inf"],
+        ["read", "b.png", "--kv-cache-gb", "nan"],
+        ["read", "b.png", "--kv-cache-gb", "1e300"],
         ["read", "b.png", "--no-such-option"],
         ["no-such-command"],
     ],
@@ -206,12 +218,29 @@ def run_on_a_terminal(*arguments: str, cwd: Path, **env: str) -> tuple[int, str]
 def test_terminal_shows_a_live_bar(folder: Path) -> None:
     (folder / "c_p40.png").touch()
     code, shown = run_on_a_terminal(
-        "read", "c_p40.png", "loop.png", "bad.png", "-o", "out.jsonl", cwd=folder, FAKE_DELAY="0.02"
+        "read", "c_p40.png", "loop.png", "bad.png", "-o", "out.jsonl", cwd=folder, FAKE_DELAY="0.04"
     )
     assert code == 1
-    assert "/3 pages" in shown
+    assert "0:00:01" in shown, "the clock goes on"
+    assert "0 failed" not in shown, "a count of zero is left out"
     assert "pages/s" in shown
     assert "42 pages: 40 ok, 1 degenerate, 1 failed" in shown
+
+
+def test_bar_and_clock_fit_a_narrow_terminal(folder: Path) -> None:
+    (folder / "loop_p30.png").touch()
+    arguments = ("read", "loop_p30.png", "bad.png", "-o", "out.jsonl")
+    _, shown = run_on_a_terminal(*arguments, cwd=folder, FAKE_DELAY="0.06", COLUMNS="80")
+    frames = [line for line in re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown).split("\r") if "0:00:01" in line]
+    assert frames
+    assert all(re.search(r"0:00:01 [━╸╺]{10} \d+/\d+ pages · \S+ pages/s", frame) for frame in frames)
+    assert all(len(frame.strip()) <= 80 for frame in frames)
+
+
+def test_terminal_shows_the_time_while_no_page_finishes(folder: Path) -> None:
+    _, shown = run_on_a_terminal("read", "b.png", "-o", "out.jsonl", cwd=folder, FAKE_DELAY="1.8")
+    assert "0:00:01" in shown
+    assert "0/1 pages" in shown
 
 
 def test_terminal_without_a_file_shows_records_not_a_bar(folder: Path) -> None:
@@ -247,3 +276,32 @@ def test_version_and_help_do_not_load_torch(folder: Path) -> None:
         if arguments == ["read", "--help"]:
             assert "pagemill read scans/ contract.pdf -o pages.jsonl --resume" in out
             assert "degenerate pages count as read" in " ".join(out.split())
+
+
+def test_ctrl_c_while_the_program_is_imported_is_quiet(tmp_path: Path) -> None:
+    (tmp_path / "typer.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "pagemill", "--help"],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (130, b"", b"")
+
+
+def test_control_characters_of_a_name_do_not_reach_the_terminal(folder: Path) -> None:
+    name = "bad\x1b[2J\x9b\n\u202e.png"
+    (folder / name).touch()
+    for format in ("md", "txt", "jsonl"):
+        code, out, err = pagemill("read", name, "--format", format, cwd=folder, PYTHONIOENCODING="utf-8")
+        assert code == 1
+        assert "failed: bad\\x1b[2J\\x9b\\n\\u202e.png, page 1" in err
+        if format != "jsonl":
+            assert "bad\\x1b[2J\\x9b\\n\\u202e.png" in out
+            assert not {"\x1b", "\x9b", "\u202e"} & set(out)
+
+
+def test_exit_codes_are_named_in_the_help(folder: Path) -> None:
+    _, out, _ = pagemill("read", "--help", cwd=folder)
+    assert all(f"{code}:" in out for code in (0, 1, 2, 70, 130, 141) if code)

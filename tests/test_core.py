@@ -282,6 +282,47 @@ def test_stop_strings_cut_the_text(world):
     assert len(seq.output_ids) < 12
 
 
+def test_a_stop_string_that_ends_with_the_cap_is_a_stop(world):
+    ask = Ask((1, 2, IMAGE), (0,), 12)
+    core = world.core()
+    seq = world.add(core, ask, ignore_eos=True)
+    drain(core)
+    texts = [core.prompter.decode(seq.output_ids[:n]) for n in range(13)]
+    n = next(
+        n for n in range(2, 13) if len(texts[n]) > len(texts[n - 1]) and texts[n][-1] not in texts[n - 1]
+    )
+    core = world.core()
+    seq = world.add(core, Ask(ask.prompt, ask.images, n), ignore_eos=True, stop=(texts[n][-1],))
+    drain(core)
+    assert len(seq.output_ids) == n
+    assert seq.finish_reason == "stop"
+
+
+def test_an_image_twice_in_one_prompt_is_encoded_once(world):
+    core = world.core(max_step_tokens=2)
+    world.add(core, Ask((1, IMAGE, 2, IMAGE, 3), (0, 0), 2))
+    encoded = 0
+    while core.scheduler.has_work:
+        plan = core.scheduler.schedule()
+        encoded += len(plan.encode)
+        core.scheduler.update(plan, *core.runner.execute(plan))
+        core.scheduler.check()
+    assert encoded == 1
+
+
+def test_cancelled_requests_that_never_ran_let_go_of_their_patches(world):
+    core = world.core(max_num_seqs=1)
+    running = world.add(core, Ask((1, 2), (), 6), ignore_eos=True)
+    core.step()
+    waiting = [world.add(core, Ask((1, IMAGE), (0,), 6)) for _ in range(3)]
+    for seq in waiting:
+        core.cancel(seq)
+    assert sum(image.patches.nbytes for seq in waiting for image in seq.images) == 0
+    assert not core.scheduler._waiting
+    drain(core)
+    assert running.finish_reason == "length"
+
+
 def test_requests_that_can_never_fit_are_refused(world):
     core = world.core(num_blocks=4, block_size=4)
     with pytest.raises(RequestError, match="the KV cache holds 16"):
@@ -295,7 +336,7 @@ def test_requests_that_can_never_fit_are_refused(world):
         world.add(world.core(max_model_len=8), Ask((1,) * 8, (), 4))
     with pytest.raises(RequestError, match="1 image placeholders"):
         world.add(core, Ask((1, IMAGE), (), 4))
-    with pytest.raises(RequestError, match="outside the vocabulary"):
+    with pytest.raises(RequestError, match="integers inside the vocabulary"):
         world.add(core, Ask((1, 4000), (), 4))
     with pytest.raises(ConfigError, match="beyond the model's 2048 positions"):
         world.core(max_model_len=5000)

@@ -3,6 +3,8 @@
 import asyncio
 import gc
 import json
+import resource
+import shutil
 import subprocess
 import sys
 import threading
@@ -14,6 +16,7 @@ from PIL import Image
 
 from pagemill import Engine, Request, SamplingParams
 from pagemill.errors import CheckpointError, ConfigError, KernelUnavailable
+from pagemill.pages.preprocess import PreparedImage
 
 PAGES = Path(__file__).parents[1] / "bench" / "pages"
 
@@ -272,6 +275,99 @@ def test_bad_requests_answer_with_their_reason(engine):
     for output in outputs[:6]:
         assert output.error
         assert "Traceback" not in output.error
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        Request([1, 2, 3], params={"max_new_tokens": 5}),
+        Request([1, 2, 3], priority="high"),
+        Request([1.5] * 40),
+        Request(
+            [1, 2046, 3], images=[PreparedImage(np.zeros((24, 1176), np.float32), (1, 4, 6), 5, b"x" * 16)]
+        ),
+        Request([1, 2046, 3], images=[PreparedImage(np.zeros((24, 9), np.float32), (1, 4, 6), 6, b"x" * 16)]),
+        Request(
+            [1, 2046, 3], images=[PreparedImage(np.zeros((3, 1176), np.float32), (1, 1, 3), 0, b"x" * 16)]
+        ),
+        Request(7),
+        Request([1, 2, 3], images=[3.5]),
+    ],
+    ids=["params", "priority", "float tokens", "token count", "patch width", "odd grid", "prompt", "image"],
+)
+def test_malformed_requests_harm_nobody(engine, request_):
+    good = Request([1, 2, 3], params=SamplingParams(max_new_tokens=4))
+    bad, fine = engine.generate([request_, good])
+    assert bad.finish_reason == "error"
+    assert bad.error
+    assert "\n" not in bad.error
+    assert (fine.finish_reason, fine.error) == ("length", None)
+    wait_idle(engine)
+
+
+def test_closing_while_readers_leave_early_hangs_nobody():
+    files = sorted(reference())[:6]
+    for _ in range(5):
+        engine = Engine.from_pretrained("pagemill-tiny")
+
+        def leave_early(engine=engine):
+            for page in engine.read(files):
+                if page.error:
+                    break
+
+        readers = [threading.Thread(target=leave_early) for _ in range(3)]
+        readers.append(threading.Thread(target=lambda engine=engine: list(engine.read(files))))
+        for reader in readers:
+            reader.start()
+        while not engine.core.num_steps:
+            pass
+        engine.close()
+        for reader in readers:
+            reader.join(30)
+            assert not reader.is_alive()
+        engine.core.scheduler.check()
+
+
+def test_a_fork_is_told_that_it_has_no_engine(engine):
+    code = """
+import os, sys
+from pagemill import Engine, Request
+engine = Engine.from_pretrained("pagemill-tiny")
+child = os.fork()
+if not child:
+    (output,) = engine.generate([Request("text")])
+    os._exit(0 if "does not survive a fork" in output.error else 1)
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
+def test_paths_are_inputs_too(engine):
+    file = sorted(reference())[0]
+    (page,) = engine.read(Path(file), params=SamplingParams(max_new_tokens=2))
+    assert (page.source, page.status) == (file, "ok")
+
+
+def test_image_settings_of_another_model_are_refused(tmp_path):
+    from pagemill.model.loader import find_checkpoint
+
+    shutil.copytree(find_checkpoint("pagemill-tiny"), tmp_path / "model")
+    settings = tmp_path / "model" / "preprocessor_config.json"
+    settings.write_text(json.dumps(dict(json.loads(settings.read_text()), patch_size=16)))
+    with pytest.raises(CheckpointError, match="has patch_size 14, the image settings have 16"):
+        Engine.from_pretrained(str(tmp_path / "model"))
+
+
+def test_kv_memory_is_taken_when_it_is_used():
+    def resident():
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+    for dtype in ("float32", "bfloat16"):
+        with Engine.from_pretrained("pagemill-tiny", dtype=dtype, kv_cache_bytes=10_000_000):
+            before = resident()
+        with Engine.from_pretrained("pagemill-tiny", dtype=dtype, kv_cache_bytes=800_000_000):
+            assert resident() - before < 300_000_000
 
 
 def test_a_failing_step_ends_its_pages_and_not_the_engine():

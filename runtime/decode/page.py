@@ -42,9 +42,9 @@ def is_degenerate(raw: str, finish_reason: str | None) -> bool:
 
 
 def _as_text(value: object) -> str | None:
-    if value is None or isinstance(value, str):
-        return value
-    return json.dumps(value, ensure_ascii=False)
+    if value is None:
+        return None
+    return _whole(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
 
 
 def _salvage(raw: str) -> PageFields:
@@ -73,6 +73,9 @@ def _unescape(text: str) -> str:
         code = match[1]
         return chr(int(code[1:], 16)) if len(code) == 5 else _ESCAPES.get(code, code)
 
-    text = _ESCAPE.sub(one, text)
-    # A pair of \u escapes beyond the basic plane, or half of one where the output was cut.
+    return _whole(_ESCAPE.sub(one, text))
+
+
+def _whole(text: str) -> str:
+    """Join pairs of surrogate escapes, and replace half a pair, which no file can hold."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

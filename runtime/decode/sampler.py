@@ -43,6 +43,13 @@ class SamplingParams:
         def refuse(name: str, should: str) -> None:
             raise ConfigError(f"SamplingParams: {name} should be {should}, got {getattr(self, name)!r}")
 
+        for name in ("max_new_tokens", "top_k", "seed"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+                refuse(name, "an integer")
+        for name in ("temperature", "top_p", "repetition_penalty"):
+            if not isinstance(getattr(self, name), int | float):
+                refuse(name, "a number")
         if self.max_new_tokens is not None and self.max_new_tokens < 1:
             refuse("max_new_tokens", "at least 1")
         if not 0 <= self.temperature < float("inf"):

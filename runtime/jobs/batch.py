@@ -51,6 +51,11 @@ class Totals:
         return self.statuses.total()
 
     @property
+    def read(self) -> int:
+        """Pages of this run that did not fail: what a rate counts, since most failures take no time."""
+        return self.pages - self.statuses["error"]
+
+    @property
     def failed(self) -> int:
         """Pages with status `error` in the output, earlier runs included."""
         return self.statuses["error"] + self.earlier["error"]

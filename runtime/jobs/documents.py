@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from pagemill.errors import printable
 from pagemill.jobs.journal import sync_folder
 
 Record = dict[str, Any]
@@ -15,9 +17,10 @@ Record = dict[str, Any]
 
 def write_atomically(path: Path, chunks: Iterable[str]) -> None:
     """Write `path` whole or not at all: a file beside it, fsync, rename. Raises OSError."""
-    beside = path.with_name(path.name + ".tmp")
+    beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    file = open(beside, "xb")  # noqa: SIM115, and never over a file that is somebody's
     try:
-        with open(beside, "wb") as file:
+        with file:
             for chunk in chunks:
                 file.write(chunk.encode("utf-8", "backslashreplace"))
             file.flush()
@@ -49,10 +52,10 @@ def as_markdown(records: Iterable[Record]) -> Iterator[str]:
             if source is not None:
                 yield "\n"
             source = record["source"]
-            yield f"# {source}\n"
+            yield f"# {printable(record['source'])}\n"
         yield f"\n## Page {record['page']}\n"
         if record["status"] == "error":
-            yield "\n" + _quote("error", record["error"] or "unknown")
+            yield "\n" + _quote("error", printable(record["error"] or "unknown"))
             continue
         if record["status"] == "degenerate":
             yield "\n" + _quote("warning", "the model fell into repetition on this page")
@@ -76,7 +79,7 @@ def as_text(records: Iterable[Record]) -> Iterator[str]:
     for record in records:
         if record["status"] == "error":
             page = f"{record['source']}, page {record['page']}"
-            blocks = [f"[{page} was not read: {record['error'] or 'unknown'}]"]
+            blocks = [printable(f"[{page} was not read: {record['error'] or 'unknown'}]")]
         else:
             blocks = [record[name] for name in ("header", "text", "margin", "footer") if record[name]]
         yield between + "\n\n".join(block.replace("\f", "\n").strip("\n") for block in blocks) + "\n"

@@ -7,6 +7,7 @@ file is not ours, and it is left as it is.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import json
@@ -24,6 +25,9 @@ from pagemill.results import PageResult
 
 _FIRST_BYTES = b'{"source":'
 _STATUSES = ("ok", "degenerate", "error")
+_TEXTS = ("header", "margin", "footer", "text", "error")
+_FOLDER = "user.pagemill.folder"
+"""Extended attribute of a journal: the folder that its relative sources start from."""
 
 
 def encode(result: PageResult) -> bytes:
@@ -65,6 +69,8 @@ class Journal:
         self.finished = FinishedPages()
         self.statuses: Counter[str] = Counter()
         """How many records of each status the file held when it was opened."""
+        self.note: str | None = None
+        """What the user should know of the file, in one sentence."""
         self.whole_bytes = 0
         """Length of the leading part of the file that is to stay: whole records."""
 
@@ -74,7 +80,8 @@ class Journal:
 
         Raises:
             OutputError: another run has it; it holds records and neither `resume` nor `overwrite` is set; it
-                holds something else than records (with `resume`); the system refuses.
+                holds something else than records, or records of another folder (with `resume`); the system
+                refuses.
         """
         existed = os.path.exists(path)
         journal = cls(path, _open_locked(path), created=not existed)
@@ -107,19 +114,41 @@ class Journal:
             if not _FIRST_BYTES.startswith(start.rstrip(b"\0")):
                 raise OutputError(f"{self.path} does not hold pagemill records, so it is left as it is.")
             file.seek(0)
+            relative = False
             for number, line in enumerate(file, start=1):
                 if not line.endswith(b"\n"):
-                    # Zeros can follow where the machine lost power after the file had grown.
-                    torn = line.rstrip(b"\0")
-                    if _FIRST_BYTES.startswith(torn[: len(_FIRST_BYTES)]):
-                        return
-                    raise self._not_a_record(number)
+                    if not _is_torn(line):
+                        raise self._not_a_record(number)
+                    break
                 record = _parse(line)
                 if record is None:
                     raise self._not_a_record(number)
                 self.finished.add(record["source"], record["page"])
                 self.statuses[record["status"]] += 1
                 self.whole_bytes += len(line)
+                relative = relative or not os.path.isabs(record["source"])
+        if relative:
+            self._check_folder()
+
+    def _check_folder(self) -> None:
+        """Refuse to go on from another folder: there the relative sources would be other files."""
+        folder = self._folder()
+        if folder is None or not os.path.isdir(folder):
+            self.note = (
+                f"{self.path} holds relative names and not the folder they start from: "
+                "they are taken to start from this one."
+            )
+        elif not os.path.samefile(folder, os.curdir):
+            raise OutputError(
+                f"{self.path} holds names that start from {folder}: go on with --resume in that folder, "
+                "or write to another file."
+            )
+
+    def _folder(self) -> str | None:
+        try:
+            return os.fsdecode(os.getxattr(self.fd, _FOLDER))
+        except OSError:  # a copied file, or a file system without attributes
+            return None
 
     def _not_a_record(self, line: int) -> OutputError:
         return OutputError(
@@ -131,6 +160,8 @@ class Journal:
         """Cut off what is not to stay (a torn line; everything, with `overwrite`) and go to the end."""
         os.ftruncate(self.fd, self.whole_bytes)
         os.lseek(self.fd, 0, os.SEEK_END)
+        with contextlib.suppress(OSError):  # without the attribute, --resume says what it assumes
+            os.setxattr(self.fd, _FOLDER, os.fsencode(os.getcwd()))
         os.fsync(self.fd)
         sync_folder(self.path)
 
@@ -163,16 +194,31 @@ def _parse(line: bytes) -> dict[str, Any] | None:
     """Return the record of one line, or None if it is not one."""
     try:
         record = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     if (
         isinstance(record, dict)
         and isinstance(record.get("source"), str)
-        and isinstance(record.get("page"), int)
+        and type(record.get("page")) is int
         and record.get("status") in _STATUSES
+        and all(name in record and isinstance(record[name], str | None) for name in _TEXTS)
     ):
         return record
     return None
+
+
+def _is_torn(line: bytes) -> bool:
+    """Tell whether a last line without a newline is what a kill leaves of a record: a part, or all but the end."""
+    line = line.rstrip(b"\0")  # zeros can follow where the machine lost power after the file had grown
+    if not _FIRST_BYTES.startswith(line[: len(_FIRST_BYTES)]):
+        return False
+    try:
+        json.loads(line)
+    except ValueError:
+        return True
+    except RecursionError:
+        return False
+    return _parse(line) is not None
 
 
 def _open_locked(path: Path) -> int:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import stat
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Literal, get_args
@@ -48,6 +49,8 @@ class Output(ABC):
     """Pages that were there before this run and are not read again."""
     statuses: Counter[str]
     """How many of them have each status."""
+    note: str | None = None
+    """What the user should know of the output, in one sentence."""
 
     @abstractmethod
     def writer(self, on_written: Callable[[PageResult], None]) -> GroupWriter:
@@ -79,18 +82,17 @@ class FileOutput(Output):
         self.format = format
         self.name = str(path)
         self._path = path
-        journal = path
-        if format != "jsonl":
-            journal = path.with_name(path.name + ".journal.jsonl")
-            # With a journal beside it, the file is the earlier version that --overwrite was to replace.
-            if not (overwrite or os.path.exists(journal)) and os.path.exists(path) and path.stat().st_size:
-                raise OutputError(
-                    f"{path} is already there and no unfinished run belongs to it: "
-                    "use --overwrite to replace it, or write to another file."
-                )
+        journal = _journal_path(path, format)
+        # With a journal beside it, the file is the earlier version that --overwrite was to replace.
+        if not (overwrite or os.path.exists(journal)) and os.path.exists(path) and path.stat().st_size:
+            raise OutputError(
+                f"{path} is already there and no unfinished run belongs to it: "
+                "use --overwrite to replace it, or write to another file."
+            )
         self._journal = Journal.open(journal, resume=resume, overwrite=overwrite)
         self.finished = self._journal.finished
         self.statuses = self._journal.statuses
+        self.note = self._journal.note
 
     def writer(self, on_written: Callable[[PageResult], None]) -> GroupWriter:
         """Cut off a torn line, or everything with `overwrite`, and append."""
@@ -161,18 +163,27 @@ class StreamOutput(Output):
 
 
 def open_output(
-    output: str | None = None, format: Format | None = None, *, resume: bool = False, overwrite: bool = False
+    output: str | None = None,
+    format: Format | None = None,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    sources: Iterable[str] = (),
 ) -> Output:
     """Open where the records go; nothing that was there changes before the first page is written.
 
     `output` is a file, or None or `-` for standard output. `format` is by default what the suffix says. With
     `resume`, pages that the file holds are finished; with `overwrite`, the file is replaced; with neither, a
-    file that holds something is refused.
+    file that holds something is refused. An output that is one of the `sources`, under whatever name, is
+    refused always.
 
     Raises:
         ConfigError: the options do not go together.
-        OutputError: the file cannot be written, is in use, or holds something that must not be lost.
+        OutputError: the file cannot be written, is in use, holds something that must not be lost, or holds names
+            that start from another folder than this (with `resume`).
     """
+    if output == "":
+        raise ConfigError("the output has an empty name: give a file with -o, or - for standard output.")
     format = format or infer_format(output)
     if resume and overwrite:
         raise ConfigError("--resume keeps what the output holds and --overwrite drops it: give one of them.")
@@ -180,6 +191,7 @@ def open_output(
         if resume:
             raise ConfigError("--resume needs a file to go on with: give one with -o.")
         try:
+            _refuse_sources([os.fstat(1)], "standard output", sources)
             return StreamOutput(os.dup(1), format, "standard output")
         except OSError as error:
             raise cannot_write("standard output", error) from error
@@ -193,4 +205,22 @@ def open_output(
             return StreamOutput(os.open(path, os.O_WRONLY | os.O_CLOEXEC), format, output)
         except OSError as error:
             raise cannot_write(output, error) from error
+    written = {path, _journal_path(path, format)}
+    _refuse_sources([os.stat(file) for file in written if os.path.exists(file)], output, sources)
     return FileOutput(path, format, resume=resume, overwrite=overwrite)
+
+
+def _journal_path(path: Path, format: Format) -> Path:
+    return path if format == "jsonl" else path.with_name(path.name + ".journal.jsonl")
+
+
+def _refuse_sources(written: list[os.stat_result], name: str, sources: Iterable[str]) -> None:
+    """Raise OutputError if a file that is about to be written is one of the sources, by whatever path or link."""
+    files = {(file.st_dev, file.st_ino) for file in written if stat.S_ISREG(file.st_mode)}
+    for source in sources if files else ():
+        try:
+            found = os.stat(source)
+        except (OSError, ValueError):
+            continue  # reading it says what is wrong
+        if (found.st_dev, found.st_ino) in files:
+            raise OutputError(f"writing to {name} would destroy the input {source}: write to another file.")

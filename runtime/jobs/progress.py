@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
+from datetime import timedelta
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID
+from rich.table import Column
+from rich.text import Text
 
+from pagemill.errors import printable
 from pagemill.jobs.batch import Totals
 from pagemill.jobs.inputs import Inputs, count_pages
 from pagemill.results import PageResult
 
 _SECONDS_BETWEEN_LINES = 10.0
+_SECONDS_BETWEEN_TICKS = 0.5
 _PAGES_BEFORE_ETA = 8  # the first pages of a batch finish together, late: their rate says little
 
 
 class ProgressReport:
-    """Context manager that shows `Totals` as they grow.
+    """Context manager that shows `Totals` as they grow, and the time also while no page finishes.
 
     Pages are counted in the background while the first ones are read, so that a folder of a thousand PDF
     files starts at once; until all are counted the number known so far carries a `+` and there is no ETA.
@@ -31,71 +37,93 @@ class ProgressReport:
         self._known = 0
         self._complete = False
         self._totals = Totals()
-        self._last_line = time.monotonic()
         self._bar: Progress | None = None
         self._task = TaskID(0)
         if live:
             self._bar = Progress(
-                TextColumn("[bold]reading"),
-                BarColumn(bar_width=24),
-                TextColumn("{task.fields[state]}"),
-                TimeElapsedColumn(),
+                # Its own clock: rich's stops at the total, and a count by suffix can be too low.
+                _TextColumn(self.clock, Column(no_wrap=True, min_width=7)),
+                BarColumn(bar_width=10, table_column=Column(no_wrap=True, min_width=10)),
+                _TextColumn(self.state, Column(no_wrap=True, overflow="ellipsis")),
                 console=console,
                 transient=True,
+                refresh_per_second=2,
             )
-            self._task = self._bar.add_task("", total=None, state="")
-        self._stopped = False
+            self._task = self._bar.add_task("", total=None)
+        self._stopped = threading.Event()
         self._counter = threading.Thread(
             target=self._count, args=(inputs,), name="pagemill-count", daemon=True
         )
+        self._ticker = threading.Thread(target=self._tick, name="pagemill-progress", daemon=True)
 
     def __enter__(self) -> ProgressReport:
+        self._totals = Totals()
+        self._counter.start()
         if self._bar is not None:
             self._bar.start()
-        self._counter.start()
+        self._ticker.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._stopped = True
+        self._stopped.set()
         self._counter.join()  # pdfium must not be at work when the interpreter takes it down
+        self._ticker.join()
         if self._bar is not None:
             self._bar.stop()
 
     def on_page(self, result: PageResult, totals: Totals) -> None:
-        """Show the counts after one more page."""
+        """Take the counts after one more page; they are shown at the next tick."""
         self._totals = totals
-        if self._bar is not None:
-            self._refresh()
-        elif time.monotonic() - self._last_line >= _SECONDS_BETWEEN_LINES:
-            self._last_line = time.monotonic()
-            self._console.print(self._state(), highlight=False, soft_wrap=True)
 
     def _count(self, inputs: Inputs) -> None:
         for self._known, self._complete in count_pages(inputs):
-            if self._bar is not None:
-                self._refresh()
-            if self._stopped:
+            if self._stopped.is_set():
                 return
 
-    def _refresh(self) -> None:
-        assert self._bar is not None
-        # An incomplete total would show a bar that moves backwards.
-        total = self._known if self._complete else None
-        self._bar.update(
-            self._task, completed=self._already + self._totals.pages, total=total, state=self._state()
-        )
+    def _tick(self) -> None:
+        while not self._stopped.wait(_SECONDS_BETWEEN_LINES if self._bar is None else _SECONDS_BETWEEN_TICKS):
+            if self._bar is None:
+                self._console.print(
+                    f"{duration(self._elapsed())} · {self.state()}", highlight=False, soft_wrap=True
+                )
+            else:
+                # An incomplete total would show a bar that moves backwards.
+                total = self._known if self._complete else None
+                self._bar.update(self._task, completed=self._already + self._totals.pages, total=total)
 
-    def _state(self) -> str:
-        totals = self._totals
+    def _elapsed(self) -> float:
+        return time.monotonic() - self._totals.started
+
+    def clock(self) -> str:
+        """Return the time since the start as `0:00:00`."""
+        return str(timedelta(seconds=int(self._elapsed())))
+
+    def state(self) -> str:
+        """Return the counts in one line, what matters most first."""
+        totals, elapsed = self._totals, self._elapsed()
         done = self._already + totals.pages
-        parts = [f"{done}/{max(self._known, done)}{'' if self._complete else '+'} pages", rates(totals)]
-        if self._complete and totals.pages >= _PAGES_BEFORE_ETA and done < self._known:
-            left = (self._known - done) * totals.seconds / totals.pages
-            parts.append(f"ETA {duration(left)}")
-        parts += [f"{totals.statuses['degenerate']} degenerate", f"{totals.statuses['error']} failed"]
+        parts = [f"{done}/{max(self._known, done)}{'' if self._complete else '+'} pages"]
+        if totals.read:
+            parts.append(f"{totals.read / elapsed:.3g} pages/s")
+        if self._complete and totals.read >= _PAGES_BEFORE_ETA and done < self._known:
+            parts.append(f"{duration((self._known - done) * elapsed / totals.read)} left")
+        for status, name in (("error", "failed"), ("degenerate", "degenerate")):
+            if totals.statuses[status]:
+                parts.append(f"{totals.statuses[status]} {name}")
         return " · ".join(parts)
+
+
+class _TextColumn(ProgressColumn):
+    """What a function says, asked anew each time the bar is drawn."""
+
+    def __init__(self, say: Callable[[], str], column: Column) -> None:
+        super().__init__(column)
+        self._say = say
+
+    def render(self, task: Task) -> Text:
+        return Text(self._say())
 
 
 def summary(totals: Totals, output: str) -> str:
@@ -104,7 +132,7 @@ def summary(totals: Totals, output: str) -> str:
     lines = [
         f"{totals.pages} page{'' if totals.pages == 1 else 's'}: "
         f"{counts['ok']} ok, {counts['degenerate']} degenerate, {counts['error']} failed"
-        f" · {duration(totals.seconds)} · {rates(totals)} → {output}"
+        f" · {duration(totals.seconds)} · {rates(totals)} → {printable(output)}"
     ]
     lines += [f"  failed: {_naming(page)}" for page in totals.failures]
     if (more := counts["error"] - len(totals.failures)) > 0:
@@ -119,15 +147,15 @@ def summary(totals: Totals, output: str) -> str:
 def _naming(page: PageResult) -> str:
     """Return a page's error; most of them name the file already."""
     error = page.error or "unknown"
-    return error if error.startswith(page.source) else f"{page.source}, page {page.page}: {error}"
+    return printable(error if error.startswith(page.source) else f"{page.source}, page {page.page}: {error}")
 
 
 def rates(totals: Totals) -> str:
-    """Return pages/s and tokens/s of a run."""
+    """Return pages/s, failed ones aside, and tokens/s of a run."""
     seconds = max(totals.seconds, 1e-9)
-    if not totals.pages:
+    if not totals.read:
         return "0 pages/s"
-    return f"{totals.pages / seconds:.3g} pages/s · {totals.output_tokens / seconds:,.0f} tokens/s"
+    return f"{totals.read / seconds:.3g} pages/s · {totals.output_tokens / seconds:,.0f} tokens/s"
 
 
 def duration(seconds: float) -> str:

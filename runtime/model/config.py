@@ -147,6 +147,8 @@ def read_config(folder: Path) -> ModelConfig:
     path = folder / "config.json"
     root = read_json(path)
     architectures = root.get("architectures") or []
+    if not isinstance(architectures, list):
+        raise CheckpointError(f"{path}: architectures should be a list, found {architectures!r}")
     if ARCHITECTURE not in architectures and root.get("model_type") != "qwen2_5_vl":
         found = ", ".join(map(str, architectures)) or str(root.get("model_type", "none named"))
         raise CheckpointError(f"{path}: architecture {found} is not supported; pagemill runs {ARCHITECTURE}")
@@ -182,6 +184,10 @@ def _read_text(f: _Fields, root: dict[str, Any]) -> TextConfig:
         value = f.values.get(key)
         if isinstance(value, dict):
             rope.update(value)
+    if f.values.get("use_sliding_window"):
+        raise CheckpointError(
+            f"{f.where}: use_sliding_window is set, and sliding-window attention is not supported"
+        )
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ("default", "mrope"):
         raise CheckpointError(f"{f.where}: rope type {kind!r} is not supported, only default (M-RoPE)")

@@ -70,15 +70,14 @@ class Decoder:
 
         def linear(layer: int, *names: str, bias: bool = False) -> PackedLinear:
             full = [f"text.layers.{layer}.{n}_proj" for n in names]
-            b = weights.read_rows([f"{n}.bias" for n in full]) if bias else None
-            return kernels.pack_linear(weights.read_rows([f"{n}.weight" for n in full]).to(device), b)
+            parts = [weights.read(f"{n}.weight").to(device) for n in full]
+            biases = torch.cat([weights.read(f"{n}.bias") for n in full]).to(device) if bias else None
+            return kernels.pack_linear(parts, biases)
 
-        self.embed_tokens = kernels.pack_linear(
-            weights.read_rows(["text.embed_tokens.weight"]).to(device), None
-        )
+        self.embed_tokens = kernels.pack_linear(weights.read("text.embed_tokens.weight").to(device), None)
         self.lm_head = self.embed_tokens
         if not config.tie_word_embeddings:
-            self.lm_head = kernels.pack_linear(weights.read_rows(["lm_head.weight"]).to(device), None)
+            self.lm_head = kernels.pack_linear(weights.read("lm_head.weight").to(device), None)
         self.layers = [
             _Layer(
                 attention_norm=vector(f"layers.{i}.input_layernorm.weight"),

@@ -59,7 +59,7 @@ def _download(repo_id: str) -> Path:
     )
 
     try:
-        return Path(snapshot_download(repo_id, allow_patterns=_HUB_FILES))
+        return Path(snapshot_download(repo_id, allow_patterns=_HUB_FILES, ignore_patterns=["*/*"]))
     except GatedRepoError:
         raise CheckpointError(
             f"{repo_id} is gated: accept its licence on the hub, then set HF_TOKEN"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,7 +98,7 @@ class Prompter:
         """Apply the chat template. Contents are strings or lists of `{"type": "image"}` / `{"type": "text", "text": ...}`."""
         try:
             return self._template.render(messages=list(messages), add_generation_prompt=True)
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+        except Exception as error:  # a template is a program and can fail like one
             raise RequestError(f"the chat template does not take these messages: {error}") from None
 
     def encode(self, prompt: str, image_tokens: Sequence[int]) -> tuple[list[int], list[int]]:
@@ -145,12 +146,22 @@ def page_messages(profile: Profile) -> list[dict[str, Any]]:
 def _find_template(folder: Path) -> str:
     """The chat template from wherever the checkpoint keeps it: .jinja, .json, or tokenizer_config.json."""
     if (path := folder / "chat_template.jinja").exists():
-        return path.read_text(encoding="utf-8")
+        try:
+            return path.read_text(encoding="utf-8")
+        except (OSError, UnicodeError) as error:
+            raise CheckpointError(f"{path} cannot be read: {error}") from None
     for name in ("chat_template.json", "tokenizer_config.json"):
         if (folder / name).exists():
             template = read_json(folder / name).get("chat_template")
             if isinstance(template, list):  # several named templates
-                template = next((t.get("template") for t in template if t.get("name") == "default"), None)
+                template = next(
+                    (
+                        t.get("template")
+                        for t in template
+                        if isinstance(t, dict) and t.get("name") == "default"
+                    ),
+                    None,
+                )
             if isinstance(template, str):
                 return template
     raise CheckpointError(
@@ -158,14 +169,22 @@ def _find_template(folder: Path) -> str:
     )
 
 
+def _tojson(value: Any, indent: int | None = None) -> str:
+    # As transformers has it; jinja2's own escapes for HTML.
+    return json.dumps(value, ensure_ascii=False, indent=indent)
+
+
 def _compile(source: str, folder: Path) -> jinja2.Template:
     def raise_exception(message: str) -> None:
         raise jinja2.TemplateError(message)
 
     # A template is a stranger's program: the sandbox denies attribute access and mutation.
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
     environment.globals["raise_exception"] = raise_exception
+    environment.filters["tojson"] = _tojson
     try:
         return environment.from_string(source)
-    except jinja2.TemplateError as error:
+    except (jinja2.TemplateError, RecursionError) as error:
         raise CheckpointError(f"{folder}: the chat template does not compile: {error}") from None

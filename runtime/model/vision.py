@@ -64,9 +64,9 @@ class VisionTower:
             return weights.read(f"vision.{name}").to(device, dtype, copy=True)
 
         def linear(*names: str, bias: bool = True) -> PackedLinear:
-            weight = weights.read_rows([f"vision.{n}.weight" for n in names])
-            b = weights.read_rows([f"vision.{n}.bias" for n in names]) if bias else None
-            return kernels.pack_linear(weight.flatten(1).to(device), b)
+            parts = [weights.read(f"vision.{n}.weight").flatten(1).to(device) for n in names]
+            biases = torch.cat([weights.read(f"vision.{n}.bias") for n in names]).to(device) if bias else None
+            return kernels.pack_linear(parts, biases)
 
         self.patch_embed = linear("patch_embed.proj", bias=False)
         self.blocks = [
@@ -83,7 +83,7 @@ class VisionTower:
         self.merger_norm = vector("merger.ln_q.weight")
         self.merger_in = linear("merger.mlp.0")
         self.merger_out = linear("merger.mlp.2")
-        self._layout = lru_cache(maxsize=256)(self._make_layout)
+        self._layout = lru_cache(maxsize=32)(self._make_layout)
 
     def _make_layout(self, grid: Grid) -> _Layout:
         c = self.config

@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -21,7 +20,7 @@ from pagemill.model.config import ModelConfig, read_json
 
 _DTYPES = {"BF16", "F16", "F32"}
 # Mapped pages count as resident memory until the file is closed; reopening this often keeps them a small share.
-_REOPEN_BYTES = 256 << 20
+_REOPEN_BYTES = 128 << 20
 _PREFIXES = (
     ("model.language_model.", "text."),
     ("model.visual.", "vision."),
@@ -141,7 +140,9 @@ class Checkpoint:
             if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
                 raise CheckpointError(f"{index}: weight_map should map tensor names to file names")
             for file in sorted(set(weight_map.values())):
-                if Path(file).name != file:  # never leave the folder on a stranger's word
+                if (
+                    Path(file).name != file or not file.isprintable()
+                ):  # never leave the folder on a stranger's word
                     raise CheckpointError(f"{index}: {file!r} is not a plain file name")
                 yield self.folder / file, [name for name, f in weight_map.items() if f == file]
         elif single.exists():
@@ -191,10 +192,6 @@ class Checkpoint:
         tensor: Tensor = self._file(path).get_tensor(original)
         self._bytes_since_open += tensor.numel() * tensor.element_size()
         return tensor
-
-    def read_rows(self, names: list[str]) -> Tensor:
-        """Return the rows of one or more tensors in a new one: matrices that the model multiplies together are one."""
-        return torch.cat([self.read(name) for name in names])
 
     def close(self) -> None:
         """Release the mapped file."""

@@ -25,16 +25,28 @@ MAX_RASTER_PIXELS = 50_000_000
 """A page that would be larger at the asked DPI is rendered at the DPI that just fits (A4 fits up to 715 DPI).
 More would be thrown away in preparation."""
 
+MAX_PDF_PAGES = 50_000
+"""A PDF file with more pages is refused."""
+
+_MIN_PAGE_BYTES = 8  # a page cannot take less of a file, however well its description compresses
 _POINTS_PER_INCH = 72
 _lock = threading.Lock()
 
 
 def count_pages(source: str) -> int:
-    """Return the number of pages, at least 1; raises PageError for a file that pdfium cannot open."""
+    """Return the number of pages, at least 1; raises PageError for a file that pdfium cannot open.
+
+    pdfium believes what the file says of its page count, so a count above MAX_PDF_PAGES, or one that the file is
+    too short for, is refused: it would end in as many failed pages.
+    """
     with _document(source) as document:
         count = len(document)
     if count < 1:
         raise PageError("the PDF file has no pages")
+    if count * _MIN_PAGE_BYTES > (size := os.path.getsize(source)):
+        raise PageError(f"the PDF file is damaged, it claims {count} pages in {size} bytes")
+    if count > MAX_PDF_PAGES:
+        raise PageError(f"the PDF file has {count} pages, more than {MAX_PDF_PAGES}, split it")
     return count
 
 

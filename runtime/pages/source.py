@@ -11,7 +11,7 @@ import math
 import os
 import stat
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import BinaryIO
 
@@ -34,6 +34,8 @@ class PageRef:
 
     source: str
     page: int
+    offset: int | None = field(default=None, compare=False)
+    """Where a TIFF page's directory lies, so that loading page n need not walk past the n - 1 before it."""
 
 
 def expand_inputs(inputs: Sequence[str]) -> list[str]:
@@ -41,11 +43,13 @@ def expand_inputs(inputs: Sequence[str]) -> list[str]:
 
     A folder gives the files below it with a known suffix (`SUFFIXES`), sorted, without hidden ones and
     without following links to folders. A pattern (`**` included) gives what it matches, as a shell would; a
-    path that exists is never read as a pattern. Raises PageError for an input that gives no file, and for a
-    folder that cannot be listed.
+    path that exists is never read as a pattern. A folder that cannot be listed stands for itself, after the files
+    around it: reading it says why. Raises PageError for an input that gives no file.
     """
     found: dict[str, None] = {}
     for given in inputs:
+        if not given:
+            raise PageError("an input has an empty name: name files, folders or globs")
         files = _expand(given)
         if not files:
             raise PageError(f"{given}: {_nothing(given)}")
@@ -74,10 +78,11 @@ def list_pages(source: str) -> Iterator[PageRef]:
         page = 0
         while True:
             with _errors(source):
-                if next(offsets, None) is None:
-                    break
+                offset = next(offsets, None)
+            if offset is None:
+                break
             page += 1
-            yield PageRef(source, page)
+            yield PageRef(source, page, offset)
     if page == 0:
         raise PageError(f"{source}: the TIFF file has no pages")
 
@@ -97,7 +102,7 @@ def load_page(ref: PageRef, dpi: float) -> npt.NDArray[np.uint8]:
         if kind == "PDF":
             return pdf.render_page(ref.source, ref.page, dpi)
         if kind == "TIFF":
-            return image.decode(tiff.open_page(file, ref.page), kind)
+            return image.decode(tiff.open_page(file, ref.page, ref.offset), kind)
         if ref.page != 1:
             raise PageError(f"does not exist, the file is a {kind} image of one page")
         return image.decode(file, kind)
@@ -168,6 +173,7 @@ def _open(source: str) -> BinaryIO:
     except ValueError:  # a NUL in the path
         raise PageError("is not a possible file name") from None
     if stat.S_ISDIR(status.st_mode):
+        os.scandir(source).close()  # a folder that cannot be listed says why
         raise PageError("is a folder, not a file")
     if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for its writer
         raise PageError("is not a regular file")
@@ -192,14 +198,15 @@ def _expand(given: str) -> list[str]:
 
 
 def _walk(folder: str) -> Iterator[str]:
-    def fail(error: OSError) -> None:
-        raise PageError(f"{error.filename}: the folder cannot be listed ({error.strerror})") from error
-
-    for parent, folders, files in os.walk(folder, onerror=fail):
+    unlisted: list[str] = []
+    for parent, folders, files in os.walk(
+        folder, onerror=lambda error: unlisted.append(error.filename or folder)
+    ):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(files):
             if name.lower().endswith(SUFFIXES) and not name.startswith("."):
                 yield os.path.join(parent, name)
+    yield from unlisted
 
 
 def _nothing(given: str) -> str:

@@ -47,10 +47,14 @@ def directories(file: BinaryIO) -> Iterator[int]:
         offset = layout.pointer.unpack(tail)[0]
 
 
-def open_page(file: BinaryIO, page: int) -> BinaryIO:
+def open_page(file: BinaryIO, page: int, offset: int | None = None) -> BinaryIO:
     """Return `file` as a TIFF whose first directory is that of `page` (from 1); raises PageError if it has
-    none."""
-    offset = next(islice(directories(file), page - 1, None), None) if page >= 1 else None
+    none.
+
+    `offset` is the page's directory as `directories` found it; without it, the chain is walked up to the page.
+    """
+    if offset is None and page >= 1:
+        offset = next(islice(directories(file), page - 1, None), None)
     if offset is None:
         raise PageError("does not exist in this TIFF file")
     header = bytearray(_read(file, 0, 16))

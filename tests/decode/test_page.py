@@ -49,6 +49,7 @@ def test_anything_gives_fields(raw):
         ('{"text":"a "quoted" word","header":null,"footer":"f"}', (None, None, "f", 'a "quoted" word')),
         ('{"header": "x", "text": "line\\nnext \\u00e1 \\"q\\"', ("x", None, None, 'line\nnext á "q"')),
         ('{"header": "x", "text": "half an escape \\ud83d', ("x", None, None, "half an escape �")),
+        ('{"text":"a \\ud800 b"}', (None, None, None, "a � b")),
         ('{"text": ["a", 1]}', (None, None, None, '["a", 1]')),
         ('{"header": "h", "margin": nul', ("h", None, None, None)),
         ("{", (None, None, None, "{")),

@@ -90,7 +90,9 @@ def test_broken_logits_show_in_the_log_probability():
 @pytest.mark.parametrize(
     "bad",
     [dict(max_new_tokens=0), dict(temperature=-1), dict(temperature=float("nan")), dict(top_p=0), dict(top_p=1.1),
-     dict(top_k=-1), dict(repetition_penalty=0), dict(seed=-1), dict(stop=("",)), dict(stop=[3])],
+     dict(top_k=-1), dict(repetition_penalty=0), dict(seed=-1),
+     dict(top_k=2.5), dict(seed=1.5), dict(max_new_tokens=True), dict(temperature="hot"),
+     dict(stop=("",)), dict(stop=[3])],
     ids=str,
 )  # fmt: skip
 def test_impossible_parameters_are_refused_by_name(bad):

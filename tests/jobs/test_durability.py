@@ -184,6 +184,16 @@ def test_ctrl_c_keeps_finished_pages_and_tells_how_to_go_on(tmp_path: Path, suff
         assert output.read_text().count("\f") == 199
 
 
+def test_ctrl_c_does_not_repeat_a_thousand_names(tmp_path: Path) -> None:
+    names = scans(tmp_path, files=60, pages=20)
+    process = start("read", *names, "-o", "out.jsonl", cwd=tmp_path, FAKE_DELAY="0.005")
+    wait_for_bytes(tmp_path / "out.jsonl", 1000, process)
+    process.send_signal(signal.SIGINT)
+    code, _, err = finish(process)
+    assert code == 130
+    assert err.endswith("finished pages are safe. Go on with the same command and --resume.\n")
+
+
 def test_second_ctrl_c_leaves_at_once(tmp_path: Path) -> None:
     names = scans(tmp_path, files=10, pages=9)
     process = start("read", *names, cwd=tmp_path, FAKE_DELAY="0.3", FAKE_CLOSE="60")
@@ -213,10 +223,11 @@ def test_two_runs_never_write_one_file(tmp_path: Path) -> None:
     output = tmp_path / "out.jsonl"
     first = start("read", *names, "-o", output, cwd=tmp_path, FAKE_DELAY="0.005")
     wait_for_bytes(output, 500, first)
+    first.send_signal(signal.SIGSTOP)  # it must not end before the others have tried
     for option in ("--resume", "--overwrite"):
         code, _, err = finish(start("read", *names, "-o", output, option, cwd=tmp_path))
         assert code == 2
         assert "another run is writing" in err
-    assert first.poll() is None
+    first.send_signal(signal.SIGCONT)
     assert finish(first)[0] == 0
     assert keys(output) == expected(names)

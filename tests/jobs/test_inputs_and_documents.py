@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 from fake_engine import Engine, result_of
 
-from pagemill.errors import ConfigError, PageError
-from pagemill.jobs import Inputs, count_pages, infer_format, list_inputs, open_output, run
+from pagemill.errors import ConfigError, OutputError, PageError
+from pagemill.jobs import Inputs, Totals, count_pages, infer_format, list_inputs, open_output, run
 from pagemill.jobs.documents import as_json, as_markdown, as_text, write_atomically
+from pagemill.jobs.progress import rates
 from pagemill.results import PageResult
 
 
@@ -211,3 +212,52 @@ def test_options_that_contradict_each_other() -> None:
     for output in (None, "-", "/dev/null"):
         with pytest.raises(ConfigError, match="--resume needs"):
             open_output(output, "jsonl", resume=True)
+
+
+@pytest.mark.parametrize("output", ["scan.png", "link.png", "hard.png", "./folder/../scan.png"])
+@pytest.mark.parametrize("resume", [False, True])
+def test_an_input_is_never_the_output(output: str, resume: bool) -> None:
+    touch("folder/x")
+    Path("scan.png").write_bytes(b"precious")
+    os.symlink("scan.png", "link.png")
+    os.link("scan.png", "hard.png")
+    with pytest.raises(OutputError, match="destroy the input"):
+        open_output(output, "jsonl", resume=resume, overwrite=not resume, sources=["scan.png"])
+    assert Path("scan.png").read_bytes() == b"precious"
+    open_output("other.jsonl", sources=["scan.png", "missing.png", "a\0b"]).close()
+
+
+def test_an_input_is_never_the_journal() -> None:
+    Path("out.md.journal.jsonl").write_bytes(b"precious")
+    with pytest.raises(OutputError, match="destroy the input"):
+        open_output("out.md", overwrite=True, sources=["out.md.journal.jsonl"])
+
+
+def test_a_file_beside_the_document_is_left_alone() -> None:
+    touch("a.png")
+    Path("out.md.tmp").write_text("mine")
+    with open_output("out.md") as target:
+        run(Engine(), list_inputs(["a.png"]), target)
+    assert Path("out.md.tmp").read_text() == "mine"
+    assert sorted(os.listdir(".")) == ["a.png", "out.md", "out.md.tmp"]
+
+
+def test_an_unlisted_folder_is_one_record(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.scandir
+
+    def scandir(path: str) -> object:
+        if str(path).endswith("locked"):
+            raise PermissionError(13, "Permission denied", path)
+        return real(path)
+
+    touch("in/a.png", "in/locked/b.png", "in/z.png")
+    monkeypatch.setattr(os, "scandir", scandir)
+    found = list_inputs(["in"])
+    assert found.sources == ["in/a.png", "in/z.png", "in/locked"]
+    assert list(count_pages(found))[-1] == (3, True)
+
+
+def test_rate_is_of_pages_that_were_read() -> None:
+    totals = Totals(seconds=2.0)
+    totals.statuses.update({"ok": 3, "degenerate": 1, "error": 96})
+    assert rates(totals).startswith("2 pages/s")

@@ -58,6 +58,14 @@ def test_file_cut_anywhere_is_mended(tmp_path_factory: pytest.TempPathFactory, c
         LINE + b"\n",
         LINE[:-5] + b"\n" + LINE,
         b"\xff\xfe",
+        b'{"source":"mine","id":7}',
+        LINE + b'{"source":"mine","id":7}',
+        LINE.replace(b'"page":1', b'"page":true'),
+        LINE.replace(b'"margin":null,', b""),
+        LINE.replace(b'"margin":null', b'"margin":[]'),
+        LINE.replace(b'"error":null', b'"error":{"why":1}'),
+        b'{"source":' + b"[" * 100_000,
+        b'{"source":' + b"[" * 100_000 + b"\n",
     ],
 )
 def test_what_is_not_ours_is_left_as_it_is(tmp_path: Path, content: bytes) -> None:
@@ -221,3 +229,50 @@ def test_folder_that_may_not_be_written(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
     with pytest.raises(OutputError, match="Permission denied"):
         open_output(str(tmp_path / "out.jsonl"))
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "md"])
+def test_resume_in_another_folder_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
+) -> None:
+    """There the same relative name is another file, which would pass for read."""
+    (tmp_path / "here").mkdir()
+    (tmp_path / "there").mkdir()
+    output = tmp_path / f"out.{suffix}"
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setenv("FAKE_RAISE", "b_p2")
+    with open_output(str(output)) as target, pytest.raises(RuntimeError, match="the engine broke"):
+        run(Engine(), Inputs(["a_p9.png", "b_p2.png"]), target)
+    monkeypatch.chdir(tmp_path / "there")
+    with pytest.raises(OutputError, match=f"names that start from {tmp_path / 'here'}: "):
+        open_output(str(output), resume=True)
+    monkeypatch.chdir(tmp_path / "here")
+    with open_output(str(output), resume=True) as target:
+        assert len(target.finished) == 6
+        assert target.note is None
+    (tmp_path / "here").rename(tmp_path / "moved")
+    monkeypatch.chdir(tmp_path / "moved")
+    with open_output(str(output), resume=True) as target:
+        assert target.note is not None, "the folder is gone: what is assumed is said"
+
+
+def test_absolute_names_go_on_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    output = tmp_path / "out.jsonl"
+    (tmp_path / "there").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with open_output(str(output)) as target:
+        run(Engine(), Inputs([f"{tmp_path}/a_p3.png"]), target)
+    monkeypatch.chdir(tmp_path / "there")
+    engine = Engine()
+    with open_output(str(output), resume=True) as target:
+        assert target.note is None
+        run(engine, Inputs(["../a_p3.png"]), target)
+    assert engine.reads == []
+
+
+def test_journal_that_lost_its_folder_is_said(tmp_path: Path) -> None:
+    output = tmp_path / "out.jsonl"
+    output.write_bytes(LINE)
+    with open_output(str(output), resume=True) as target:
+        assert target.note is not None
+        assert "relative names" in target.note

@@ -8,6 +8,9 @@ import sys
 import time
 from pathlib import Path
 
+from pagemill import Engine, SamplingParams
+from pagemill.jobs import list_inputs, open_output, run
+
 PAGES = Path(__file__).parents[2] / "bench" / "pages"
 
 
@@ -37,3 +40,17 @@ def test_kill_9_and_resume(tmp_path: Path) -> None:
         ("legal_12.png", 1, "ok"),
         ("prose_00.png", 1, "ok"),
     ]
+
+
+def test_file_that_vanished_after_the_listing_is_one_record(tmp_path: Path) -> None:
+    for name in ("a.png", "gone[1].png", "z.png"):
+        (tmp_path / name).write_bytes((PAGES / "form_24.png").read_bytes())
+    found = list_inputs([str(tmp_path)])
+    (tmp_path / "gone[1].png").unlink()
+    output = tmp_path / "out.jsonl"
+    with open_output(str(output)) as target, Engine.from_pretrained("pagemill-tiny") as engine:
+        totals = run(engine, found, target, params=SamplingParams(max_new_tokens=4))
+    assert (totals.pages, totals.failed) == (3, 1)
+    records = [json.loads(line) for line in output.read_text().splitlines()]
+    failed = [record for record in records if record["status"] == "error"]
+    assert [(r["source"], r["page"]) for r in failed] == [(str(tmp_path / "gone[1].png"), 1)]

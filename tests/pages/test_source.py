@@ -397,6 +397,14 @@ def test_pages_are_found_lazily(tmp_path, monkeypatch):
     assert [next(found).page for _ in range(3)] == [1, 2, 3]
 
 
+def test_loading_a_tiff_page_does_not_walk_the_pages_before_it(tmp_path, monkeypatch):
+    (tmp_path / "a.tif").write_bytes(many_tiff(5))
+    refs = pages(tmp_path / "a.tif")
+    monkeypatch.delattr(tiff, "directories")
+    for i in (4, 0, 2):
+        assert load_page(refs[i], DPI)[3, 3].tolist() == [i, 0, 0]
+
+
 # PDF
 
 
@@ -458,6 +466,17 @@ def test_a_pdf_without_pages(tmp_path):
     objects = [b"<< /Type /Catalog /Pages 2 0 R >>", b"<< /Type /Pages /Kids [] /Count 0 >>"]
     (tmp_path / "a.pdf").write_bytes(raw_pdf(objects))
     assert "no pages" in sentence(tmp_path / "a.pdf")
+
+
+def test_a_pdf_that_claims_more_pages_than_it_can_hold(tmp_path, monkeypatch):
+    objects = [b"<< /Type /Catalog /Pages 2 0 R >>", b"<< /Type /Pages /Kids [] /Count 1000000 >>"]
+    (tmp_path / "a.pdf").write_bytes(raw_pdf(objects))
+    assert "damaged, it claims 1000000 pages" in refusal(
+        lambda: pages(tmp_path / "a.pdf"), tmp_path / "a.pdf"
+    )
+    monkeypatch.setattr(pdf, "MAX_PDF_PAGES", 2)
+    (tmp_path / "b.pdf").write_bytes(pdf_bytes((72, 72), (72, 72), (72, 72)))
+    assert "more than 2, split it" in refusal(lambda: pages(tmp_path / "b.pdf"), tmp_path / "b.pdf")
 
 
 def test_a_damaged_page_of_a_pdf_leaves_the_others(tmp_path):
@@ -636,7 +655,7 @@ def test_files_are_kept_as_given_in_order_and_once(tmp_path, monkeypatch):
     assert expand_inputs(["s*"]) == ["sub/deep/z.png"]
 
 
-@pytest.mark.parametrize("given", ["missing.png", "*.png", "empty", "a\0b", ""])
+@pytest.mark.parametrize("given", ["missing.png", "*.png", "empty", "a\0b"])
 def test_an_input_that_matches_nothing_is_named(tmp_path, monkeypatch, given):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
@@ -645,11 +664,24 @@ def test_an_input_that_matches_nothing_is_named(tmp_path, monkeypatch, given):
         expand_inputs([given])
 
 
-def test_a_folder_that_cannot_be_listed(tmp_path, monkeypatch):
-    def fail(path: str) -> None:
-        raise PermissionError(13, "Permission denied", path)
+def test_an_empty_name_is_a_sentence():
+    with pytest.raises(PageError, match=r"^an input has an empty name"):
+        expand_inputs([""])
 
-    (tmp_path / "a.png").touch()
-    monkeypatch.setattr(os, "scandir", fail)
-    with pytest.raises(PageError, match="cannot be listed"):
-        expand_inputs([str(tmp_path)])
+
+def test_a_folder_that_cannot_be_listed_costs_no_other(tmp_path, monkeypatch):
+    real = os.scandir
+
+    def scandir(path: str):
+        if str(path).endswith("locked"):
+            raise PermissionError(13, "Permission denied", path)
+        return real(path)
+
+    for name in ("a/1.png", "locked/2.png", "z/3.png"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).touch()
+    monkeypatch.setattr(os, "scandir", scandir)
+    found = expand_inputs([str(tmp_path)])
+    assert [os.path.relpath(path, tmp_path) for path in found] == ["a/1.png", "z/3.png", "locked"]
+    assert "Permission denied" in sentence(tmp_path / "locked")
+    assert expand_inputs([str(tmp_path / "locked")]) == [str(tmp_path / "locked")]
