@@ -1,0 +1,1 @@
+"""Drafts: cheap guesses of the next tokens, verified by the model in one step."""

@@ -1,0 +1,1 @@
+"""Repetition loops, found while they are generated."""

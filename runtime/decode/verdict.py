@@ -1,0 +1,1 @@
+"""How far a page's answer can be trusted."""

@@ -1,0 +1,1 @@
+"""The size at which a page is shown to the model."""

@@ -1,0 +1,1 @@
+"""What lies on a page before any model looks: ink, lines, the height of its text."""
