@@ -1,6 +1,6 @@
 """Checkpoints of pagemill-tiny at earlier stages of its training, for measuring weaker models.
 
-    python bench/stages.py stage1 FOLDER
+python bench/stages.py stage1 FOLDER
 """
 
 from __future__ import annotations

@@ -87,27 +87,38 @@ PM_KERNEL void rotary(const RotaryArgs<T>& p, int64_t begin, int64_t end) {
     }
 }
 
-PM_KERNEL void greedy(const float* row, int64_t n, int64_t* token, float* logprob) {
+// Lanes whose bit is set in `mask`, from bit i on; W divides 32, so that they lie in one word.
+PM_INLINE I allowed(const uint32_t* mask, int64_t i) {
+    return ((I{} + static_cast<int32_t>(mask[i / 32] >> (i % 32))) >> iota() & 1) != 0;
+}
+
+// `mask` may be null: everything is allowed.
+PM_KERNEL void greedy(const float* row, const uint32_t* mask, int64_t n, int64_t* token, float* logprob) {
     const float inf = std::numeric_limits<float>::infinity();
-    V best = splat(-inf);
+    V best = splat(-inf), best_allowed = splat(-inf);
     I nan = {};
     sweep(n, [&](int64_t i, int64_t count) {
         V v = take(row + i, count);
         if (count < W) v = iota() < static_cast<int32_t>(count) ? v : splat(-inf);
         nan |= v != v;
         best = max(v, best);
+        if (mask) best_allowed = max(allowed(mask, i) ? v : splat(-inf), best_allowed);
     });
     bool any_nan = false;
     for (int i = 0; i < W; ++i) any_nan |= nan[i] != 0;
-    const float top = highest(best);
+    const float top = highest(best), choice = mask ? highest(best_allowed) : top;
+    const auto is_choice = [&](int64_t i) {
+        if (any_nan) return row[i] != row[i];
+        return row[i] == choice && (!mask || (mask[i / 32] >> (i % 32) & 1));
+    };
     int64_t at = 0;
-    while (any_nan ? row[at] == row[at] : row[at] != top) ++at;
-    *token = at;
+    while (at < n && !is_choice(at)) ++at;
+    *token = at < n ? at : -1;
     V total = {};
     sweep(n, [&](int64_t i, int64_t count) {
         V v = take(row + i, count);
         if (count < W) v = iota() < static_cast<int32_t>(count) ? v : splat(-inf);
         total += exp(v - top);
     });
-    *logprob = any_nan ? std::numeric_limits<float>::quiet_NaN() : -logf(sum(total));
+    *logprob = any_nan ? std::numeric_limits<float>::quiet_NaN() : at < n ? choice - top - logf(sum(total)) : -inf;
 }

@@ -114,7 +114,7 @@ struct TypedKernels {
 
 struct Isa {
     const char* name;
-    void (*greedy)(const float* row, int64_t n, int64_t* token, float* logprob);
+    void (*greedy)(const float* row, const uint32_t* mask, int64_t n, int64_t* token, float* logprob);
     void (*patchify)(const PatchifyArgs&);
     TypedKernels<float> f32;
     TypedKernels<bf16> b16;

@@ -119,18 +119,24 @@ void rotary_cache(const Array& qkv, const Array& cos, const Array& sin, const Ar
     });
 }
 
-void greedy(const Array& logits, const Array& token, const Array& logprob) {
+void greedy(const Array& logits, const pybind11::object& mask, const Array& token, const Array& logprob) {
     check(logits, "logits", {DType::float32}, {kAny, kAny}, Layout::rows);
     const int64_t rows = logits.shape[0], n = logits.shape[1];
     if (n == 0) reject("logits", "at least one column", "0");
+    Array m;
+    if (!mask.is_none()) {
+        m = mask.cast<Array>();
+        check(m, "mask", {DType::int32}, {rows, (n + 31) / 32}, Layout::rows);
+    }
     check(token, "token", {DType::int64}, {rows});
     check(logprob, "logprob", {DType::float32}, {rows});
     const Isa& kernels = isa();
     pybind11::gil_scoped_release release;
     parallel_for(rows, std::max<int64_t>(1, rows_of(n) / 4), [&](int64_t begin, int64_t end) {
         for (int64_t row = begin; row < end; ++row)
-            kernels.greedy(logits.as<float>() + row * logits.strides[0], n, token.as<int64_t>() + row,
-                           logprob.as<float>() + row);
+            kernels.greedy(logits.as<float>() + row * logits.strides[0],
+                           m.data ? m.as<uint32_t>() + row * m.strides[0] : nullptr, n,
+                           token.as<int64_t>() + row, logprob.as<float>() + row);
     });
 }
 

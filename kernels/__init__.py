@@ -29,6 +29,12 @@ class LinearOp(Protocol):
     def __call__(self, x: Tensor, packed: PackedLinear, *, out_float32: bool = False) -> Tensor: ...
 
 
+class GreedyOp(Protocol):
+    """`greedy(logits, mask=None)`."""
+
+    def __call__(self, logits: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]: ...
+
+
 @dataclass(frozen=True)
 class Kernels:
     """The chosen implementation of every op; the contracts stand in the module of the same name."""
@@ -44,7 +50,7 @@ class Kernels:
     rotary_cache: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, int, int], Tensor]
     paged_attention: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float], Tensor]
     varlen_attention: Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor]
-    greedy: Callable[[Tensor], tuple[Tensor, Tensor]]
+    greedy: GreedyOp
     implementations: Mapping[str, str]
 
     def describe(self) -> dict[str, str]:

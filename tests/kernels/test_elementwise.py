@@ -1,5 +1,6 @@
 import math
 
+import numpy
 import pytest
 import torch
 from torch import Tensor
@@ -134,6 +135,49 @@ def test_greedy(kernels: Kernels, vocabulary: int) -> None:
     torch.testing.assert_close(logprob.double(), wanted, rtol=1e-5, atol=2e-6)
 
 
+def packed(allowed: Tensor) -> Tensor:
+    """Bits of bool `[S, V]` as int32 words, what lies past V set: nobody may read it."""
+    bits = numpy.pad(allowed.numpy(), ((0, 0), (0, -allowed.shape[1] % 32)), constant_values=True)
+    return torch.from_numpy(numpy.packbits(bits, axis=1, bitorder="little").view(numpy.int32))
+
+
+@pytest.mark.parametrize("vocabulary", [1, 5, 31, 32, 33, 100, 2048, 2051])
+def test_greedy_takes_the_best_token_that_the_mask_allows(kernels: Kernels, vocabulary: int) -> None:
+    logits = torch.randn(8, vocabulary) * 8
+    logits[2, vocabulary // 2 :] = logits[2].max() + 1
+    logits[3, : vocabulary - 1] = -math.inf
+    allowed = torch.rand(8, vocabulary) < 0.3
+    allowed[torch.arange(8), torch.randint(vocabulary, (8,))] = True
+    allowed[3] = True
+    allowed[4] = False
+    allowed[4, vocabulary - 1] = True
+    allowed[5] = False
+    wide = torch.zeros(8, -(-vocabulary // 32) + 3, dtype=torch.int32)  # rows that are not next to each other
+    mask = wide[:, 1:-2]
+    mask[:] = packed(allowed)
+    token, logprob = kernels.greedy(logits, mask)
+    softmax = logits.double().log_softmax(-1)
+    for row in range(8):
+        if row == 5:
+            assert (token[row], logprob[row]) == (-1, -math.inf)
+            continue
+        best = max(v for v, ok in zip(logits[row].tolist(), allowed[row].tolist(), strict=True) if ok)
+        first = next(i for i, v in enumerate(logits[row].tolist()) if v == best and allowed[row, i])
+        assert token[row] == first
+        torch.testing.assert_close(logprob[row].double(), softmax[row, first], rtol=1e-5, atol=4e-6)
+    everything = torch.full_like(mask, -1)
+    for masked, free in zip(kernels.greedy(logits, everything), kernels.greedy(logits), strict=True):
+        assert torch.equal(masked, free)
+
+
+def test_greedy_shows_a_nan_under_a_mask(kernels: Kernels) -> None:
+    logits = torch.zeros(1, 40)
+    logits[0, 33] = math.nan
+    token, logprob = kernels.greedy(logits, torch.tensor([[1, 0]], dtype=torch.int32))
+    assert token.tolist() == [33]
+    assert logprob.isnan().all()
+
+
 def test_greedy_shows_a_nan(kernels: Kernels) -> None:
     logits = torch.zeros(1, 40)
     logits[0, 33] = math.nan
@@ -189,6 +233,8 @@ def test_bad_arguments_raise(kernels: Kernels, dtype: torch.dtype) -> None:
         lambda: kernels.rotary(x[:, None], torch.zeros(2, 4).double(), torch.zeros(2, 4)),
         lambda: kernels.greedy(torch.zeros(2, 8).half()),
         lambda: kernels.greedy(torch.zeros(2, 0)),
+        lambda: kernels.greedy(torch.zeros(2, 33), torch.zeros(2, 1, dtype=torch.int32)),
+        lambda: kernels.greedy(torch.zeros(2, 33), torch.zeros(2, 2)),
     ):
         with pytest.raises(ValueError, match=r"\w+: expected .*, found"):
             call()
