@@ -374,7 +374,7 @@ class DraftBudget:
 
     def observe(self, num_tokens: int, seconds: float) -> None:
         """A step of `num_tokens` tokens, drafts included, took `seconds`, image encoding excluded."""
-        if num_tokens < 1 or not 0 < seconds < math.inf:
+        if num_tokens < 1 or not 1e-9 < seconds < 1e5:
             return
         self._steps += 1
         if self._classes:
@@ -430,7 +430,7 @@ class DraftBudget:
         alone, without = self.cost(num), self.cost(base)
         best, best_rate = 0, self._MARGIN * num / alone
         for i, total in enumerate(totals):
-            rate = (num + gains[i]) / (alone + self.cost(base + total) - without)
+            rate = (num + gains[i]) / (alone + (self.cost(base + total) - without))
             if total > 0 and rate > best_rate:
                 best, best_rate = i, rate
         longer = next((i for i, total in enumerate(totals) if total > totals[best]), None)
