@@ -44,7 +44,8 @@ def confidence(pieces: Sequence[bytes], logprobs: Sequence[float]) -> Confidence
     """Judge an output by the probabilities of its tokens.
 
     `pieces` are the bytes of each output token, in order; joined they are what the model wrote, in UTF-8, cut or broken as it
-    may be. `logprobs` are their natural log-probabilities, NaN for a token that was forced. Raises ValueError if the lengths differ.
+    may be. `logprobs` are their natural log-probabilities, NaN for a token that was forced. Raises ValueError if the lengths
+    differ.
     """
     if len(pieces) != len(logprobs):
         raise ValueError(f"{len(pieces)} tokens with {len(logprobs)} log-probabilities")
@@ -75,18 +76,19 @@ def num_printed(fields: Iterable[str | None]) -> int:
     return sum(len("".join(value.split())) for value in fields if value)
 
 
-def text_mismatch(num_chars: int, num_glyphs: int | None) -> Mismatch | None:
+def text_mismatch(num_chars: int, num_glyphs: int | None, num_rule_glyphs: int = 0) -> Mismatch | None:
     """Compare the characters read (white space not counted) with those that the page's ink suggests.
 
-    `num_glyphs` is an estimate that may be off by a factor of two; None where there is none. "little" means that text was
-    probably left out, "much" that it was probably invented: one count is more than five times the other and sixty, so that
-    a logo or a stain on an empty page, or a page number on a blank one, is no mismatch.
+    `num_glyphs` is an estimate that may be off by a factor of two, None where there is none; `num_rule_glyphs` are characters
+    that may have been read of rules and leaders, or not. "little" means that text was probably left out, "much" that it was
+    probably invented: one count is more than five times the other and sixty, so that a logo or a stain on an empty page, or a
+    page number on a blank one, is no mismatch.
     """
     if num_glyphs is None:
         return None
     if num_glyphs > _FACTOR * num_chars + _SLACK:
         return "little"
-    if num_chars > _FACTOR * num_glyphs + _SLACK:
+    if num_chars > _FACTOR * (num_glyphs + num_rule_glyphs) + _SLACK:
         return "much"
     return None
 
