@@ -23,6 +23,7 @@ import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -123,6 +124,7 @@ class TextScore:
         return self.word_edits / self.words if self.words else float(self.word_edits > 0)
 
 
+@lru_cache(maxsize=16)  # a page of nothing but text is the same by either protocol, and by field
 def score_text(truth: str, read: str) -> TextScore:
     """Score the text `read` against `truth`."""
     words, read_words = truth.split(), read.split()
