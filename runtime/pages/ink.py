@@ -41,6 +41,7 @@ _RULE = 96  # longest upright stroke of a glyph, in samples
 _LETTERS = 8  # a strip is at least as wide as this many bodies are high
 _UPRIGHT = 0.75  # most width of a stroke for its height
 _HAIR = 0.05  # and least
+_SMALL = 1 / 6
 _LEVEL = 0.3  # share of strokes that must agree on a height
 _STROKES = 1.9  # ink runs that a row crosses in one character of running text, mean
 
@@ -58,6 +59,8 @@ class PageInk:
     text_height: float | None
     """Median height of the bodies of text lines: the rows of a line that cross at least half as many strokes as its busiest
     one. That is the x-height of lower-case type and the height of capitals and digits in lines of those. None without text."""
+    small_height: float | None
+    """The same for the smallest type: a sixth of the text is no higher. Where lower case and capitals mix it is the x-height."""
     num_lines: int
     """Pieces of text lines: a line counts anew after a gap of more than about 64 samples."""
     num_glyphs: int
@@ -68,7 +71,7 @@ class PageInk:
     """Nothing is printed: paper, noise, specks, shadows and scan borders at most."""
 
 
-_BLANK = PageInk(0.0, 0, None, None, 0, 0, 0, True)
+_BLANK = PageInk(0.0, 0, None, None, None, 0, 0, 0, True)
 
 
 def measure_ink(rgb: Bytes) -> PageInk:
@@ -112,6 +115,7 @@ def measure_ink(rgb: Bytes) -> PageInk:
         ink_pixels=inked * rows_each * columns_each,
         box=box,
         text_height=text.height * unit if text.height else None,
+        small_height=text.small * unit if text.small else None,
         num_lines=text.pieces,
         num_glyphs=round(text.strokes / _STROKES),
         num_rule_glyphs=round(2 * rules / min(max(text.height or 0.0, _DASHES[0]), _DASHES[1])),
@@ -318,6 +322,7 @@ class _Text:
     """What the strips of a page have in common; lengths in samples."""
 
     height: float | None = None
+    small: float | None = None
     pieces: int = 0
     strokes: float = 0.0
     level: float = 0.0
@@ -372,15 +377,22 @@ def _bodies(runs: Counts, filled: Counts) -> _Text:
         covered < _UPRIGHT * size * crossed
     )  # letters are made of strokes taller than wide; dashes and blobs are not
     if not upright.any():
-        return _Text(None, pieces, float(strokes.sum()))
+        return _Text(None, None, pieces, float(strokes.sum()))
     heights, weights, mass = size[upright], strokes[upright], crossed[upright]
     order = np.argsort(heights)
-    cumulated = weights[order].cumsum()
-    median = int(heights[order][np.searchsorted(cumulated, cumulated[-1] / 2)])
-    close = np.abs(heights - median) <= max(1.0, 0.3 * median)
-    level = float(mass[close].sum() / profile.sum())
-    mean = float(np.average(heights[close], weights=weights[close]))  # the median, to a fraction of a sample
-    return _Text(mean if level >= _LEVEL else None, pieces, float(strokes.sum()), level)
+    heights, weights, mass = heights[order], weights[order], mass[order]
+    reached = weights.cumsum() / weights.sum()
+
+    def height_at(share: float) -> float:
+        at = int(heights[np.searchsorted(reached, share)])
+        near = np.abs(heights - at) <= max(1.0, 0.15 * at)  # the mean around it tells fractions of a sample
+        return float(np.average(heights[near], weights=weights[near]))
+
+    median = height_at(0.5)
+    level = float(mass[np.abs(heights - median) <= max(1.0, 0.3 * median)].sum() / profile.sum())
+    if level < _LEVEL:
+        return _Text(None, None, pieces, float(strokes.sum()), level)
+    return _Text(median, min(height_at(_SMALL), median), pieces, float(strokes.sum()), level)
 
 
 def _pairs(starts: Ints, ends: Ints) -> Ints:

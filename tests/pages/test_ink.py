@@ -198,7 +198,7 @@ BLANK = {
     "border": lambda: noisy(bordered(blank()), 4),
     "thin border": lambda: noisy(bordered(blank(), 9, 5), 4),
     "all of it": lambda: as_jpeg(bordered(noisy(shaded(blank()), 5))),
-    "a large scan": lambda: noisy(bordered(blank(3508, 2480), 40, 60), 5),
+    "a large scan": lambda: noisy(bordered(blank(2600, 1840), 40, 60), 5),
 }
 
 
@@ -214,7 +214,7 @@ NOT_BLANK = {
     "page number, noise": lambda: noisy(written(blank(), "12", (297, 800), 8), 5),
     "page number, border": lambda: noisy(bordered(written(blank(), "213", (530, 815), 8)), 4),
     "page number on a large scan": lambda: noisy(
-        written(blank(3508, 2480), "9", (1240, 3350), 30, (60, 60, 60)), 5
+        written(blank(2600, 1840), "9", (900, 2480), 24, (60, 60, 60)), 5
     ),
     "faint line": lambda: written(blank(), LINES[0], (60, 300), 10, (218, 216, 208)),
     "faint line, noise": lambda: noisy(written(blank(), LINES[0], (60, 300), 10, (205, 205, 205)), 4),
