@@ -27,10 +27,8 @@ N counts pixels and not tokens, as models publish it (olmOCR: 1288), and means t
 MAX_ENLARGEMENT = 2.0
 """`auto` never makes a page larger than this: beyond, pixels are added and no detail."""
 
-_KEPT = (
-    0.9,
-    1.3,
-)  # factors that are not worth a resampling, which costs sharpness: it gains no score, or few tokens
+# Scaling by factors between these costs sharpness, and gains no score or few tokens.
+_KEPT = (0.9, 1.4)
 _SPREAD = 1.25  # how much higher than preferred the text may become for the sake of the smallest type
 _MARGIN = 0.02  # what cropping leaves around the print, of the page's longer side
 
