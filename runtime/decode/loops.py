@@ -61,7 +61,7 @@ WINDOW = 4096
 """Longest period in bytes: about 1,000 tokens of a large vocabulary."""
 SLACK = 12
 """Bytes that a changed place may have, and that a period may drift by at it."""
-MISSES = 4
+MISSES = 6
 """Failed checks in a row that end a candidate."""
 GLITCH_GAP = 24
 SPARE_GLITCHES = 3

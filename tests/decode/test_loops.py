@@ -160,7 +160,7 @@ def test_numbers_that_differ_are_kept_though_zeros_follow_in_the_same_form():
         loop = watch(text)
         assert loop is not None
         assert kept(text, loop).startswith(PREFIX + table[:-1])
-        assert loop.start < len((PREFIX + table + 2 * zeros).encode()) + 5
+        assert loop.start < len((PREFIX + table).encode()) + 2 * len("0,00 " * 9)
 
 
 def test_numbers_may_repeat_less_often_than_what_stands_between_them():
@@ -229,4 +229,4 @@ def test_the_labelled_set(outcomes, know_length, held_out):
     assert len(legitimate) >= 60
     # Where the page may be that long, rows of cells in one line are let go on, and some real loops end by themselves first.
     assert len(bench.detected(loops)) >= (0.92 if know_length else 0.97) * len(loops)
-    assert len(bench.false_alarms(chosen)) <= 0.01 * len(chosen)
+    assert len(bench.false_alarms(chosen)) <= 0.01 * len(legitimate)
