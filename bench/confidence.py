@@ -207,9 +207,8 @@ def main() -> None:
         for measure, row in table.items():
             print("".join([f"{measure:18}", *(f"{row[name]:30.3f}" for name in names)]))
 
-    profile_dpi = 72.0
     on_truth = {}
-    for page in samples(profile_dpi):
+    for page in samples(dpi=72):
         chars, glyphs = num_printed(page.truth.fields.values()), page.ink.num_glyphs
         verdict = mismatch(list(page.truth.fields.values()), page.ink)
         on_truth[f"{page.truth.name} page {page.truth.page}"] = (
