@@ -29,7 +29,8 @@ MAX_ENLARGEMENT = 2.0
 
 # Scaling by factors between these costs sharpness, and gains no score or few tokens.
 _KEPT = (0.9, 1.4)
-_SPREAD = 1.25  # how much higher than preferred the text may become for the sake of the smallest type
+_SPREAD = 1.25  # how much higher than preferred most text may become for the sake of the smallest type
+_LEAST = 0.5  # of the preferred height: how low the smallest type may become for the sake of the others
 _MARGIN = 0.02  # what cropping leaves around the print, of the page's longer side
 
 
@@ -109,6 +110,7 @@ def _scale(ink: PageInk, options: FitOptions) -> float:
     """Return what `auto` scales a page by; 1 where there is nothing to go by."""
     if options.resolution != "auto" or options.preferred_height is None or ink.text_height is None:
         return 1.0
-    height = max(ink.small_height or 0.0, ink.text_height / _SPREAD)
+    small = ink.small_height or ink.text_height
+    height = min(max(small, ink.text_height / _SPREAD), small / _LEAST)
     scale = min(options.preferred_height / height, MAX_ENLARGEMENT)
     return 1.0 if _KEPT[0] <= scale <= _KEPT[1] else scale

@@ -35,13 +35,14 @@ _MOST_NOISE = 150
 _GLYPH = 4  # samples that a glyph extends at least, up or across: 7-point type at 72 dpi
 _GLYPH_SHARE = 0.003  # and of the page's height: 0.9 mm of A4
 _ALIGNED = 4  # ink runs in one row of one strip that chance does not put there
+_EDGE = 48  # samples of an edge that letters cut by it do not fill
 _DASH = 12  # a level run of ink is a rule from here
 _DASHES = (8.0, 16.0)  # least and most width of a typed one
 _RULE = 96  # longest upright stroke of a glyph, in samples
 _LETTERS = 8  # a strip is at least as wide as this many bodies are high
 _UPRIGHT = 0.75  # most width of a stroke for its height
 _HAIR = 0.05  # and least
-_SMALL = 1 / 6
+_SMALL = 0.1
 _LEVEL = 0.3  # share of strokes that must agree on a height
 _STROKES = 1.9  # ink runs that a row crosses in one character of running text, mean
 
@@ -60,13 +61,13 @@ class PageInk:
     """Median height of the bodies of text lines: the rows of a line that cross at least half as many strokes as its busiest
     one. That is the x-height of lower-case type and the height of capitals and digits in lines of those. None without text."""
     small_height: float | None
-    """The same for the smallest type: a sixth of the text is no higher. Where lower case and capitals mix it is the x-height."""
+    """The same for the smallest type: a tenth of the text is no higher. Where lower case and capitals mix it is the x-height."""
     num_lines: int
     """Pieces of text lines: a line counts anew after a gap of more than about 64 samples."""
     num_glyphs: int
     """Estimated characters, without spaces."""
     num_rule_glyphs: int
-    """Twice the characters (_ - .) that the page's level rules would be if they were typed."""
+    """Twice the characters (_ - .) that the page's level rules would be if they were typed: an upper bound."""
     blank: bool
     """Nothing is printed: paper, noise, specks, shadows and scan borders at most."""
 
@@ -216,13 +217,16 @@ def _drop_borders(bands: npt.NDArray[np.bool_], top: Tiles, mean: Tiles) -> None
 
 
 def _drop_edges(mask: npt.NDArray[np.bool_]) -> None:
-    """Clear what reaches straight in from an edge of the page, and its fringe: borders thinner than a tile, cut figures."""
+    """Clear borders thinner than a tile, and their fringe: what reaches straight in from a long stretch of an edge."""
     for side in (mask, mask[::-1], mask.T, mask.T[::-1]):
-        edge = side[: 2 * _TILE]
-        reach = np.logical_and.accumulate(edge, axis=0)
-        if reach.any():
-            reach[2:] |= reach[:-2].copy()
-            edge &= ~reach
+        starts, ends = _spans(np.pad(side[0], 1))
+        for start, end in zip(starts, ends, strict=True):
+            if end - start >= _EDGE:
+                reach = np.logical_and.accumulate(side[: 2 * _TILE, start:end], axis=0)
+                reach[2:] |= reach[:-2].copy()
+                first, last = max(0, start - 2), min(side.shape[1], end + 2)
+                around = np.pad(reach, ((0, 0), (start - first, last - end)), mode="edge")
+                side[: 2 * _TILE, first:last] &= ~around
 
 
 def _words(mask: npt.NDArray[np.bool_]) -> Words:
