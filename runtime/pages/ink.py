@@ -220,7 +220,7 @@ def _drop_edges(mask: npt.NDArray[np.bool_]) -> None:
     """Clear borders thinner than a tile, and their fringe: what reaches straight in from a long stretch of an edge."""
     for side in (mask, mask[::-1], mask.T, mask.T[::-1]):
         starts, ends = _spans(np.pad(side[0], 1))
-        for start, end in zip(starts, ends, strict=True):
+        for start, end in zip((starts - 1).tolist(), (ends - 1).tolist(), strict=True):
             if end - start >= _EDGE:
                 reach = np.logical_and.accumulate(side[: 2 * _TILE, start:end], axis=0)
                 reach[2:] |= reach[:-2].copy()
