@@ -28,7 +28,7 @@ from pagemill.decode.guidance import GuideFactory, PageFormat
 from pagemill.decode.loops import LoopDetector, token_pieces
 from pagemill.decode.sampler import SamplingParams, Want, sample
 from pagemill.decode.verdict import best_attempt, judge
-from pagemill.errors import ConfigError, RequestError
+from pagemill.errors import ConfigError, PagemillError, RequestError
 from pagemill.model.loader import Model
 from pagemill.model.prompt import Prompter
 from pagemill.model.rope import mrope_positions
@@ -40,6 +40,7 @@ from pagemill.sequence import FinishedAttempt, PageTask, Sequence, SequenceImage
 
 _DEFAULT_MODEL_LEN = 32768
 _MAX_DRAFT = 16  # tokens guessed for one sequence in one step
+_NOT_FINITE = "the model computed values that are not finite numbers; try float32, or check the checkpoint"
 _RETRY_TEMPERATURE = 0.3  # enough to leave the path that ended badly
 
 
@@ -202,10 +203,15 @@ class EngineCore:
         self.scheduler.add(seq)
         return seq
 
+    def check_guidance(self, params: SamplingParams) -> None:
+        """Raise `RequestError` for guidance that cannot be followed. Safe to call from any thread."""
+        if params.guidance not in ("auto", "off"):
+            self._guides.compile(params.guidance)  # type: ignore[arg-type]
+
     def _control(self, params: SamplingParams, page: PageTask | None) -> Control:
         guide = guard = drafter = None
         if params.guidance not in ("auto", "off"):
-            guide = self._guides.start(self._guides.compile(params.guidance))
+            guide = self._guides.start(self._guides.compile(params.guidance))  # type: ignore[arg-type]
         if params.guard != "off" and not params.ignore_eos:
             guard = LoopDetector(self._pieces)
         if params.drafts == "auto" and not params.stop:  # a stop string may end inside a draft
@@ -235,9 +241,15 @@ class EngineCore:
         finished: list[Sequence] = []
         for (seq, draft), length, row in zip(wanting, lengths, logprobs, strict=True):
             if not all(map(isfinite, row)):
-                reason: FinishReason | None = "error"
-            else:
-                reason = self._advance(seq, draft, length, reasons.get(seq))
+                seq.error = seq.error or _NOT_FINITE
+            reason = reasons.get(seq)
+            if seq.error is None:
+                try:
+                    reason = self._advance(seq, draft, length, reason)
+                except RequestError as error:
+                    seq.error = str(error)
+            if seq.error is not None:
+                reason = "error"
             if reason is not None and (reason := self._settle(seq, reason)) is not None:
                 self.scheduler.finish(seq, reason)
                 seq.timeline.finished = now
@@ -270,10 +282,13 @@ class EngineCore:
 
         def fill() -> npt.NDArray[np.int32]:
             rows = sum(1 + len(draft) for _, draft in wanting)
-            masks = np.zeros((rows, self._guides.num_words), dtype=np.int32)
+            masks = np.full((rows, self._guides.num_words), -1, dtype=np.int32)
             first = 0
             for seq, draft in wanting:
-                seq.control.fill_masks(seq.token_ids, draft, masks[first : first + 1 + len(draft)])
+                try:
+                    seq.control.fill_masks(seq.token_ids, draft, masks[first : first + 1 + len(draft)])
+                except PagemillError as error:  # a grammar beyond its limits costs its own sequence alone
+                    seq.error = str(error)
                 first += 1 + len(draft)
             return masks
 
@@ -303,7 +318,7 @@ class EngineCore:
         if seq.params.stop and reason in (None, "length") and self._hit_stop_string(seq):
             reason = "stop"
         if reason in ("length", "loop") and control.guide is not None:
-            seq.closing = control.guide.closing()
+            seq.closing = control.guide.closing() or ""
         return reason
 
     def _append(self, seq: Sequence, token_ids: SequenceOf[int]) -> FinishReason | None:

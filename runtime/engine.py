@@ -242,6 +242,7 @@ class Engine:
         params, call = params or SamplingParams(), _Call()
         if params.guidance == "auto":
             params = replace(params, guidance="page" if self.profile.page_json else "off")
+        self.core.check_guidance(params)
         fit = FitOptions(resolution, crop, self.profile.text_height)
         options = _PageOptions(params, dpi or self.dpi, fit, draft_text)
 
@@ -606,11 +607,7 @@ class Engine:
         if ticket is None:
             return
         ticket.call.live.discard(seq)
-        if error is None and seq.finish_reason == "error":
-            error = (
-                "the model computed values that are not finite numbers; try float32, or check the checkpoint"
-            )
-        ticket.on_end(seq, error)
+        ticket.on_end(seq, error or seq.error)
 
     def _run(self) -> None:
         if all(kind.startswith("native") for kind in self.core.model.decoder.kernels.describe().values()):

@@ -116,6 +116,8 @@ class Sequence:
     num_discarded: int = 0
     """Output tokens generated and thrown away again: loops, attempts that were not taken."""
     finish_reason: FinishReason | None = None
+    error: str | None = None
+    """One sentence, where the finish reason is "error"."""
     logprobs: list[float] = field(default_factory=list)
     """Of each output token, natural; NaN where the grammar left no choice and the model was not asked."""
     timeline: Timeline = field(default_factory=Timeline)

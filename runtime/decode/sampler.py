@@ -14,14 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pagemill.decode.guidance import Regex
 from pagemill.errors import ConfigError
-
-
-@dataclass(frozen=True)
-class Regex:
-    """A regular expression that a whole output has to match, in the syntax of Rust's regex crate."""
-
-    pattern: str
 
 
 @dataclass(frozen=True)
