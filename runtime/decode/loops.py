@@ -1,1 +1,345 @@
-"""Repetition loops, found while they are generated."""
+"""Repetition loops, found while they are generated.
+
+Algorithm. The detector works on the bytes of the output, not on its tokens: a loop of tokens is one of bytes as well, and so is
+a loop whose text is tokenised differently each time round. Runs of digits are folded to one `0`, which makes a counting body
+("1. ... 2. ... 3. ...") an exactly repeated one. Then, in two parts:
+
+1. A cheap watch, every `CHECK_EVERY` tokens: do the last `KEY` bytes also stand one period back? If not, where did they last
+   occur, nearby first, then in the last `WINDOW` bytes? That distance is the new candidate period. A candidate survives a few
+   failed checks, so a changed character does not hide a loop.
+2. A proof, only once the candidate has lasted as long as the weakest rule below could ask for: walk back through the text as
+   long as it equals the text one period before, small differences skipped; judge the numbers that were folded; compare with
+   how often a real page may say such a thing. If it is not enough, the proof also tells how many bytes are missing, and is not
+   tried again before.
+
+How often may a page repeat itself? That depends on what is repeated: a printed line holds only so many characters and a page
+only so many lines, so rules, dot leaders and tables of zeros are let go on as far as paper goes, while a paragraph of prose is
+suspect after a few times. The constants below are that table. Where the length of the page is known from its ink, a
+repetition beyond it needs a quarter of the evidence.
+
+Cost. A push copies the token's bytes; a check compares 16 bytes and, outside a loop, searches at most `WINDOW` bytes: O(1) a
+token. Proofs are O(tail) but come after geometric or exactly computed waits. Memory is a few bytes per output token.
+"""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from tokenizers import Tokenizer
+
+from pagemill.errors import ConfigError
+
+LINE_CHARS = 300
+"""Visible characters that one printed line never reaches by repeating a label or a rule (A4 across, 6 pt: about 250)."""
+PAGE_LINES = 72
+"""Lines that repeat one another, more than a page holds (A4, 8 pt, single-spaced: about 70)."""
+LABEL_LETTERS = 10
+LABEL_REPEATS = 40
+"""A body with the letters of a label: a form's, or a row of a list to be signed. (A body with fewer is a row of cells.)"""
+LINE_LETTERS = 40
+LINE_REPEATS = 12
+"""A body with the letters of a line of prose: a refrain, a clause of every item. Letters are those of different words."""
+PARAGRAPH_LETTERS = 150
+PARAGRAPH_REPEATS = 4
+"""A longer body: a stanza, or one of the four vouchers of a page; a fifth must have begun."""
+UNSURE = 2
+"""Times as many repetitions where numbers count or characters change: instalments, calendars, certificates do that."""
+BEYOND_PAGE = 4
+"""Beyond the expected length of the page, all of the above is divided by this, down to LEAST_REPEATS."""
+LEAST_REPEATS = 3
+
+CHECK_EVERY = 8
+KEY = 16
+WINDOW = 4096
+"""Longest period in bytes: about 1,000 tokens of a large vocabulary."""
+SLACK = 12
+"""Bytes that a changed place may have, and that a period may drift by at it."""
+MISSES = 4
+"""Failed checks in a row that end a candidate."""
+GLITCH_GAP = 24
+"""Bytes repeated for each changed place, at least."""
+LONGEST_NUMBER = 24
+"""Digits that are folded; a longer run is a run of digits, not a number."""
+
+_ZEROS = bytes.maketrans(b"123456789", b"000000000")
+_NOT_LETTERS = bytes(b for b in range(0xC0) if not chr(b).isascii() or not chr(b).isalpha())
+_BREAK = re.compile(rb"\\n|\n|<tr|<br")
+_TAG = re.compile(rb"<[^<>]*>")
+_NUMBER = re.compile(rb"\d{1,%d}" % LONGEST_NUMBER)
+
+
+@dataclass(frozen=True, slots=True)
+class Loop:
+    """A repetition that goes on longer than a page could."""
+
+    kind: Literal["run", "period", "counter"]
+    """One token again and again; a body of `period` tokens; a body whose numbers count."""
+    start: int
+    """Index, among output tokens, of the first token of the second repetition: rolling back to it keeps one instance."""
+    period: int
+    """Tokens of the latest repetition."""
+    repeats: int
+    """Whole instances of the body, the first included."""
+    end: int
+    """Output tokens when it was found."""
+
+
+def token_pieces(tokenizer: Tokenizer, vocab_size: int) -> list[bytes]:
+    """Return the bytes of every token id below `vocab_size` of a byte-level BPE; special and unused ids have none."""
+    alphabet = _byte_alphabet()
+    pieces = [b""] * vocab_size
+    for token, token_id in tokenizer.get_vocab(with_added_tokens=True).items():
+        if token_id < vocab_size:
+            try:
+                pieces[token_id] = bytes([alphabet[c] for c in token])
+            except KeyError:
+                pieces[token_id] = token.encode()
+    for token_id, added in tokenizer.get_added_tokens_decoder().items():
+        if token_id < vocab_size:
+            pieces[token_id] = b"" if added.special else added.content.encode()
+    return pieces
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """Return GPT-2's printable character for each byte, the other way round."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [b for b in range(256) if b not in printable]
+    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+
+
+class LoopDetector:
+    """Watches the output of one sequence."""
+
+    def __init__(self, pieces: Sequence[bytes], expected_tokens: int | None = None) -> None:
+        """`pieces` are the bytes of every token id (special tokens: none); `expected_tokens` is a plausible upper bound
+        of the page's output, if known. Raises `ConfigError` unless it is positive.
+        """
+        if expected_tokens is not None and expected_tokens < 1:
+            raise ConfigError(f"expected_tokens should be None or at least 1, got {expected_tokens}")
+        self._pieces = pieces
+        self._expected = expected_tokens
+        self._ids: list[int] = []
+        self._begins: list[int] = []
+        """Where each token begins in the text."""
+        self._text = bytearray()
+        """The output, numbers folded."""
+        self._digits = 0
+        """Digits that the output ends with."""
+        self._restart()
+
+    def _restart(self) -> None:
+        self._check_at = len(self._ids) + CHECK_EVERY
+        self._period = 0
+        """The candidate, in bytes of the text; 0 is none."""
+        self._misses = 0
+        self._prove_at = 0
+        """Bytes of the text before which a proof cannot succeed."""
+        self._late = False
+
+    def push(self, token_id: int) -> Loop | None:
+        """Take one output token; return a loop once it is certain enough. A loop that goes on is reported rarely again."""
+        text = self._text
+        self._ids.append(token_id)
+        self._begins.append(len(text))
+        piece = self._pieces[token_id]
+        if b"0" in piece.translate(_ZEROS):
+            piece = self._fold(piece)
+        elif piece:
+            self._digits = 0
+        else:
+            # A token without text must still be seen to repeat: bytes that no UTF-8 text has.
+            piece = bytes((0xFF, 0x80 | token_id & 63, 0x80 | token_id >> 6 & 63, 0x80 | token_id >> 12 & 63))
+            self._digits = 0
+        text += piece
+        return self._check() if len(self._ids) >= self._check_at else None
+
+    def rollback(self, num_tokens: int) -> None:
+        """Keep only the first `num_tokens` output tokens."""
+        if not 0 <= num_tokens <= len(self._ids):
+            raise AssertionError(f"cannot roll {len(self._ids)} output tokens back to {num_tokens}")
+        if num_tokens < len(self._ids):
+            del self._text[self._begins[num_tokens] :]
+            del self._ids[num_tokens:], self._begins[num_tokens:]
+            self._digits = 0
+            for token_id in reversed(self._ids):
+                piece = self._pieces[token_id]
+                tail = len(piece) - len(piece.rstrip(b"0123456789"))
+                self._digits += tail
+                if not piece or tail < len(piece):
+                    break
+        self._restart()
+
+    def _fold(self, piece: bytes) -> bytes:
+        """Return `piece` as it enters the text, and keep count of the digits that end it."""
+        folded = bytearray()
+        for byte in piece:
+            if 0x30 <= byte <= 0x39:
+                self._digits += 1
+                if self._digits == 1:
+                    folded.append(0x30)
+                elif self._digits > LONGEST_NUMBER:
+                    folded.append(byte)
+            else:
+                self._digits = 0
+                folded.append(byte)
+        return bytes(folded)
+
+    def _check(self) -> Loop | None:
+        """Follow the candidate period, or look for another."""
+        count, text = len(self._ids), self._text
+        self._check_at = count + CHECK_EVERY
+        n, period = len(text), self._period
+        if n <= KEY:
+            return None
+        key = text[n - KEY :]
+        if not period or text[max(n - KEY - period, 0) : n - period] != key:
+            self._search(key)
+            if not self._period or self._misses:
+                return None
+        self._misses = 0
+        if not self._late and self._expected is not None and count > self._expected:
+            self._late, self._prove_at = True, 0
+        return self._prove() if n >= self._prove_at else None
+
+    def _search(self, key: bytearray) -> None:
+        """Find where the last bytes occurred before: around one period back, else anywhere in the window."""
+        text, period = self._text, self._period
+        n = len(text)
+        if period:
+            slack = min(SLACK, period // 4)
+            at = text.rfind(key, max(n - KEY - period - slack, 0), min(n - period + slack, n - 1))
+            if at >= 0:
+                self._period, self._misses = n - KEY - at, 0
+                return
+        at = text.rfind(key, max(n - WINDOW, 0), n - 1)
+        if at >= 0:
+            distance = n - KEY - at
+            whole = text[n - distance :] == text[max(n - 2 * distance, 0) : n - distance]
+            if not period or whole or self._misses >= 2:
+                self._period, self._misses, self._prove_at = distance, 0, n + KEY
+                return
+        self._misses += 1
+        if self._misses > MISSES:
+            self._period = 0
+
+    def _prove(self) -> Loop | None:
+        """Return the loop if the repetition of the candidate is longer than a page allows, else set when to ask again."""
+        text, period = self._text, self._period
+        n = len(text)
+        exact, start = self._walk_back()
+        body = bytes(text[n - period :])
+        letters = _letters(body)
+        easier = BEYOND_PAGE if self._late else 1
+        if letters >= PARAGRAPH_LETTERS:
+            allowed = PARAGRAPH_REPEATS + 0.1
+        elif letters >= LINE_LETTERS:
+            allowed = LINE_REPEATS
+        else:
+            allowed = LABEL_REPEATS
+        numbers = self._numbers(start, body.count(b"0"))
+
+        # Bytes still missing, by each rule; the first that wants none decides.
+        least = (LEAST_REPEATS - 1) * period
+        missing: list[float] = []
+        if letters >= LABEL_LETTERS and numbers != "free":
+            repeats = max(allowed / easier, LEAST_REPEATS)
+            clean = exact if numbers == "same" else n
+            missing.append(max((repeats - 1) * period - (n - clean), least - (n - clean)))
+            missing.append(max((UNSURE * repeats - 1) * period - (n - start), least - (n - start)))
+        if letters or numbers != "free":
+            doubt = UNSURE if numbers == "free" else 1
+            tail = bytes(text[start:])
+            breaks = [m.end() for m in _BREAK.finditer(tail)]
+            if letters < LINE_LETTERS and not _BREAK.search(body):
+                line = len(_TAG.sub(b"....", tail[breaks[-1] if breaks else 0 :]))
+                missing.append(max(doubt * LINE_CHARS / easier - line, least - (n - start)))
+            if breaks:
+                lines = doubt * PAGE_LINES / easier - len(breaks)
+                per_line = period / max(len(_BREAK.findall(body)), 1)
+                missing.append(max(lines * per_line, least - (n - start)))
+        wanted = min(missing, default=n)
+        if wanted > 0:
+            self._prove_at = n + max(int(min(wanted, n - start)), KEY)
+            return None
+        self._prove_at = 2 * n - start
+        return self._loop(start, numbers)
+
+    def _loop(self, start: int, numbers: str) -> Loop:
+        n, count = len(self._text), len(self._ids)
+        first = self._token_at(start)
+        kind: Literal["run", "period", "counter"] = "period" if numbers == "same" else "counter"
+        if len(set(self._ids[first:])) == 1:
+            kind = "run"
+        return Loop(
+            kind=kind,
+            start=first,
+            period=1 if kind == "run" else max(count - self._token_at(n - self._period), 1),
+            repeats=1 + (n - start) // self._period,
+            end=count,
+        )
+
+    def _token_at(self, offset: int) -> int:
+        """Return the index of the first token that begins at or after `offset`; folded digits go with their number."""
+        i = bisect_right(self._begins, offset)
+        return i - 1 if i and self._begins[i - 1] == offset else i
+
+    def _walk_back(self) -> tuple[int, int]:
+        """Return where the tail begins that repeats the text one period before: without any difference, and with small ones."""
+        text, period = self._text, self._period
+        end = i = len(text)
+        exact, glitches = -1, 0
+        while True:
+            i -= _common_suffix(text, i, i - period)
+            if exact < 0:
+                exact = i
+            glitches += 1
+            if glitches * GLITCH_GAP > end - i + GLITCH_GAP:
+                return exact, i
+            for skip in range(SLACK + 1):
+                key = text[max(i - skip - SLACK, 0) : i - skip]
+                at = text.rfind(key, max(i - period - 2 * SLACK, 0), max(i - period, 0))
+                if len(key) == SLACK and at >= 0 and at + SLACK < i - skip:
+                    period = i - skip - SLACK - at
+                    i -= skip
+                    break
+            else:
+                return exact, i
+
+    def _numbers(self, start: int, in_body: int) -> Literal["same", "counting", "free"]:
+        """Judge the numbers of the tail, `in_body` of them in one body: the same every time, counting, or neither."""
+        if not in_body:
+            return "same"
+        pieces = self._pieces
+        raw = b"".join([pieces[i] for i in self._ids[self._token_at(start) :]])
+        found = _NUMBER.findall(raw)
+        pairs = list(zip(found, found[in_body:], strict=False))
+        if not pairs or sum(a == b for a, b in pairs) >= 0.95 * len(pairs):
+            return "same"
+        steps = [int(b) - int(a) for a, b in pairs]
+        again = list(zip(steps, steps[in_body:], strict=False))
+        steady = sum(a == b for a, b in again)
+        moving = any(a == b != 0 for a, b in again)
+        return "counting" if moving and steady >= 0.8 * len(again) else "free"
+
+
+def _letters(body: bytes) -> int:
+    """Count the letters of the different words, markup and escapes left out; a character beyond ASCII counts once."""
+    words = set(_TAG.sub(b" ", body.replace(b"\\n", b"\n")).split())
+    return len(b"".join(words).translate(None, _NOT_LETTERS))
+
+
+def _common_suffix(text: bytearray, i: int, j: int) -> int:
+    """Return the largest k with text[i - k : i] == text[j - k : j], for j < i: doubling, then halving steps."""
+    k, step = 0, 32
+    while k + step <= j and text[i - k - step : i - k] == text[j - k - step : j - k]:
+        k += step
+        step *= 2
+    while step > 1:
+        step //= 2
+        if k + step <= j and text[i - k - step : i - k] == text[j - k - step : j - k]:
+            k += step
+    return k

@@ -1,1 +1,134 @@
-"""How far a page's answer can be trusted."""
+"""How far a page's answer can be trusted: token probabilities, ink against text, and which of several attempts is best.
+
+Confidence. The probability that the model gave a token it chose, averaged: over the page, over the worst run of `WINDOW`
+chosen tokens, and over each field. Tokens that a grammar forced (keys, punctuation) say nothing and are left out; a draft's
+tokens were verified, so they count as any other.
+
+Ink against text. Connected components count the characters of a page within a factor of about two (dots and accents on one
+side, touching letters on the other). Only a disagreement far beyond that is reported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from pagemill.decode.page import field_spans
+from pagemill.results import FinishReason
+
+WINDOW = 16
+"""Tokens in the worst window: about four words."""
+_FACTOR = 5
+_SLACK = 60
+
+Mismatch = Literal["little", "much"]
+
+
+@dataclass(frozen=True, slots=True)
+class Confidence:
+    """Mean probabilities, 0 to 1, of the tokens that the model chose."""
+
+    mean: float | None
+    """Over the whole output; None if the model chose nothing."""
+    worst: float | None
+    """The lowest over any `WINDOW` chosen tokens in a row; over all of them where there are fewer."""
+    fields: dict[str, float]
+    """Over the tokens of each field that the page has (header, margin, footer, text)."""
+
+
+def confidence(pieces: Sequence[bytes], logprobs: Sequence[float]) -> Confidence:
+    """Judge an output by the probabilities of its tokens.
+
+    `pieces` are the bytes of each output token, in order; joined they are what the model wrote, in UTF-8, cut or broken as it
+    may be. `logprobs` are their natural log-probabilities, NaN for a token that was forced. Raises ValueError if the lengths differ.
+    """
+    if len(pieces) != len(logprobs):
+        raise ValueError(f"{len(pieces)} tokens with {len(logprobs)} log-probabilities")
+    probabilities = np.exp(np.asarray(logprobs, np.float64))
+    chosen = ~np.isnan(probabilities)
+    ends = np.cumsum([len(piece) for piece in pieces], dtype=np.int64)
+    fields = {}
+    if len(pieces):
+        starts = ends - np.diff(ends, prepend=0)
+        for name, (start, end) in field_spans(b"".join(pieces).decode("latin-1")).items():
+            inside = probabilities[chosen & (np.maximum(starts, start) < np.minimum(ends, end))]
+            if len(inside):
+                fields[name] = float(inside.mean())
+    mean, worst = _mean_and_worst(probabilities[chosen])
+    return Confidence(mean, worst, fields)
+
+
+def _mean_and_worst(probabilities: npt.NDArray[np.float64]) -> tuple[float | None, float | None]:
+    if not len(probabilities):
+        return None, None
+    width = min(WINDOW, len(probabilities))
+    windows = np.lib.stride_tricks.sliding_window_view(probabilities, width)
+    return float(probabilities.mean()), float(windows.mean(axis=1).min())
+
+
+def num_printed(fields: Iterable[str | None]) -> int:
+    """Count the characters of a page that leave ink: all but white space."""
+    return sum(len("".join(value.split())) for value in fields if value)
+
+
+def text_mismatch(num_chars: int, num_glyphs: int | None) -> Mismatch | None:
+    """Compare the characters read (white space not counted) with those that the page's ink suggests.
+
+    `num_glyphs` is an estimate that may be off by a factor of two; None where there is none. "little" means that text was
+    probably left out, "much" that it was probably invented: one count is more than five times the other and sixty, so that
+    a logo or a stain on an empty page, or a page number on a blank one, is no mismatch.
+    """
+    if num_glyphs is None:
+        return None
+    if num_glyphs > _FACTOR * num_chars + _SLACK:
+        return "little"
+    if num_chars > _FACTOR * num_glyphs + _SLACK:
+        return "much"
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """One try at a page, as `best_attempt` judges it."""
+
+    raw: str
+    """What the model wrote."""
+    finish_reason: FinishReason
+    valid: bool
+    """The answer is a page of valid JSON."""
+    loops: int
+    """Loops that the guard caught."""
+    confidence: Confidence
+    mismatch: Mismatch | None = None
+
+    @property
+    def ended_badly(self) -> bool:
+        """Whether another attempt is worth its tokens: cut, stopped in a loop, broken, or against the ink."""
+        return not self.valid or self.finish_reason != "stop" or self.mismatch is not None
+
+
+def best_attempt(attempts: Sequence[Attempt]) -> int:
+    """Return the index of the best attempt; the earliest of equals. Raises ValueError if there is none.
+
+    In this order: valid JSON; ended by itself rather than cut or stopped; no ink mismatch; fewer loops; the higher mean
+    probability.
+    """
+    if not attempts:
+        raise ValueError("there are no attempts to choose from")
+
+    def merit(index: int) -> tuple[bool, bool, bool, int, float]:
+        a = attempts[index]
+        mean = a.confidence.mean
+        return (
+            a.valid,
+            a.finish_reason == "stop",
+            a.mismatch is None,
+            -a.loops,
+            -1.0 if mean is None else mean,
+        )
+
+    return max(range(len(attempts)), key=merit)
