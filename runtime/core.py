@@ -26,8 +26,9 @@ from pagemill.decode.control import Control
 from pagemill.decode.drafts import DraftBudget, Drafter, DraftIndex
 from pagemill.decode.guidance import GuideFactory, PageFormat
 from pagemill.decode.loops import LoopDetector, token_pieces
+from pagemill.decode.page import is_degenerate, is_json_object, parse_page
 from pagemill.decode.sampler import SamplingParams, Want, sample
-from pagemill.decode.verdict import best_attempt, judge
+from pagemill.decode.verdict import Attempt, best_attempt, confidence, num_printed, text_mismatch
 from pagemill.errors import ConfigError, PagemillError, RequestError
 from pagemill.model.loader import Model
 from pagemill.model.prompt import Prompter
@@ -213,7 +214,7 @@ class EngineCore:
         if params.guidance not in ("auto", "off"):
             guide = self._guides.start(self._guides.compile(params.guidance))  # type: ignore[arg-type]
         if params.guard != "off" and not params.ignore_eos:
-            guard = LoopDetector(self._pieces)
+            guard = LoopDetector(self._pieces, None if page is None else page.expected_tokens)
         if params.drafts == "auto" and not params.stop:  # a stop string may end inside a draft
             page = page or PageTask()
             drafter = Drafter(texts=page.texts, index=self.drafts, document=page.document)
@@ -343,7 +344,7 @@ class EngineCore:
             return reason
         attempt = self._attempt(seq, reason)
         seq.attempts.append(attempt)
-        if not attempt.verdict.good and len(seq.attempts) <= seq.params.max_retries:
+        if attempt.ended_badly and len(seq.attempts) <= seq.params.max_retries:
             seq.num_discarded += len(attempt.token_ids)
             self.scheduler.rollback(seq, seq.num_prompt)
             seq.closing = ""
@@ -358,20 +359,22 @@ class EngineCore:
             seq.token_ids[seq.num_prompt :] = best.token_ids
             seq.logprobs[:] = best.logprobs
             seq.closing = best.closing
-        return best.finish_reason
+        return best.verdict.finish_reason
 
     def _attempt(self, seq: Sequence, reason: FinishReason) -> FinishedAttempt:
         assert seq.page is not None
         output, raw = seq.output_ids, self.text_of(seq)
-        verdict = judge(
+        num_chars = num_printed(parse_page(raw))
+        verdict = Attempt(
             raw,
             reason,
-            [self._pieces[token] for token in output],
-            seq.logprobs,
-            json_expected=seq.params.guidance == "page",
-            num_glyphs=seq.page.num_glyphs,
+            valid=seq.params.guidance != "page" or is_json_object(raw),
+            loops=len(seq.control.events) - sum(attempt.verdict.loops for attempt in seq.attempts),
+            confidence=confidence([self._pieces[token] for token in output], seq.logprobs),
+            mismatch=text_mismatch(num_chars, seq.page.num_glyphs),
         )
-        return FinishedAttempt(output, list(seq.logprobs), seq.closing, reason, verdict)
+        degenerate = is_degenerate(self.prompter.decode(output), reason)
+        return FinishedAttempt(output, list(seq.logprobs), seq.closing, degenerate, verdict)
 
     def cancel(self, seq: Sequence) -> None:
         """End a sequence early; its blocks are free at once."""

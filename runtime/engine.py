@@ -31,8 +31,9 @@ from pagemill.config import EngineConfig
 from pagemill.core import EngineCore, TokenizedPrompt
 from pagemill.decode.drafts import draft_text_tokens
 from pagemill.decode.guidance import PageFormat
-from pagemill.decode.page import is_degenerate, parse_page
+from pagemill.decode.page import parse_page
 from pagemill.decode.sampler import SamplingParams
+from pagemill.decode.verdict import Confidence
 from pagemill.errors import CheckpointError, ConfigError, PagemillError, RequestError
 from pagemill.model.config import read_config
 from pagemill.model.loader import find_checkpoint, load_model
@@ -459,10 +460,10 @@ class Engine:
                 if call.twins.join(image.content_hash, follow):
                     return
                 leads = image.content_hash
-            task = PageTask(ref.source, self._draft_texts(ref, options), ink.num_glyphs)
             prompt = self.core.tokenize(self.page_prompt, [image])
             # A character takes at least a token only where nothing is learned of the language: a bound, not an estimate.
             bound = min(self.max_new_tokens, plausible_output_chars(ink) + _JSON_TOKENS)
+            task = PageTask(ref.source, self._draft_texts(ref, options), ink.num_glyphs, bound)
             prepare = time.perf_counter() - started
             self._submit(prompt, options.params, 0, _Ticket(call, on_end), bound, task)
         except Exception as error:  # one page's surprise must not cost another page
@@ -481,12 +482,12 @@ class Engine:
         raw = self.core.text_of(seq)
         reason = seq.finish_reason or "error"
         fields = parse_page(raw)
-        control, verdict = seq.control, seq.attempts[seq.best].verdict
+        attempt, control = seq.attempts[seq.best], seq.control
         self.core.drafts.add(ref.source, seq.output_ids)
         return PageResult(
             source=ref.source,
             page=ref.page,
-            status="degenerate" if reason == "loop" or is_degenerate(raw, reason) else "ok",
+            status="degenerate" if attempt.degenerate else "ok",
             header=fields.header,
             margin=fields.margin,
             footer=fields.footer,
@@ -495,8 +496,8 @@ class Engine:
             tokens=_tokens(seq),
             seconds=_seconds(seq, prepare),
             model=self.model,
-            confidence=verdict.confidence.to_dict(),
-            mismatch=verdict.mismatch,
+            confidence=_rounded(attempt.verdict.confidence),
+            mismatch=attempt.verdict.mismatch,
             loops=control.events,
             drafts=(control.num_drafted, control.num_accepted),
             attempts=len(seq.attempts),
@@ -686,6 +687,14 @@ def _seconds(seq: Sequence, prepare: float) -> Seconds:
         prefill=max(first - scheduled - t.vision, 0.0),
         decode=end - first,
     )
+
+
+def _rounded(confidence: Confidence) -> dict[str, Any]:
+    def brief(value: float | None) -> float | None:
+        return None if value is None else round(value, 4)
+
+    fields = {name: brief(value) for name, value in confidence.fields.items()}
+    return {"mean": brief(confidence.mean), "worst": brief(confidence.worst), "fields": fields}
 
 
 def _device(name: str) -> torch.device:

@@ -55,8 +55,14 @@ class FinishedAttempt:
     token_ids: list[int]
     logprobs: list[float]
     closing: str
-    finish_reason: FinishReason
+    degenerate: bool
     verdict: Attempt
+
+    @property
+    def ended_badly(self) -> bool:
+        """Whether another attempt is worth its tokens; one that the cap cut would only be cut again."""
+        v = self.verdict
+        return self.degenerate or (v.finish_reason == "stop" and (not v.valid or v.mismatch is not None))
 
 
 @dataclass(slots=True)
@@ -69,6 +75,8 @@ class PageTask:
     """Guesses of the whole output, as token ids."""
     num_glyphs: int | None = None
     """Estimated characters on the page."""
+    expected_tokens: int | None = None
+    """A bound of the output that is plausible for the page."""
 
 
 @dataclass(slots=True, eq=False)
