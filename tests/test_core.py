@@ -241,7 +241,7 @@ def test_priorities_then_first_come(world):
 def test_rollback_and_go_on(world, block_size):
     ask = Ask((1, 2, IMAGE, 3), (1,), 20)
     core = world.core(block_size=block_size)
-    seq = world.add(core, ask, ignore_eos=True, logprobs=True)
+    seq = world.add(core, ask, ignore_eos=True, drafts="off")
     while len(seq.output_ids) < 9:
         core.step()
     first = seq.output_ids
@@ -261,10 +261,10 @@ def test_a_fork_after_rollback_leaves_the_shared_block_alone(world):
     """Two equal sequences share their prompt's blocks; one is rolled back into a shared block and writes there."""
     core = world.core(block_size=4)
     ask = Ask((1, 2, 3, 4, 5, 1, 2), (), 20)
-    one = world.add(core, ask, ignore_eos=True)
+    one = world.add(core, ask, ignore_eos=True, drafts="off")
     while len(one.output_ids) < 9:
         core.step()
-    two = world.add(core, Ask(tuple(one.token_ids[:12]), (), 12), ignore_eos=True)
+    two = world.add(core, Ask(tuple(one.token_ids[:12]), (), 12), ignore_eos=True, drafts="off")
     core.step()
     assert set(one.block_table) & set(two.block_table)
     first = one.output_ids

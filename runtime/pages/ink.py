@@ -1,3 +1,1 @@
-class PageInk:
-    blank=False; num_glyphs=None
-def plausible_output_chars(ink): return 100000
+"""What lies on a page before any model looks: ink, lines, the height of its text."""

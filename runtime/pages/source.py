@@ -108,6 +108,17 @@ def load_page(ref: PageRef, dpi: float) -> npt.NDArray[np.uint8]:
         return image.decode(file, kind)
 
 
+def page_text(ref: PageRef) -> str:
+    """Return the text layer of a PDF page, cleaned (`pdf.page_text`); empty for a page without one and for images.
+
+    Raises PageError where the file or the page cannot be read.
+    """
+    with _errors(ref.source, ref.page):
+        with _open(ref.source) as file:
+            kind = _kind(file)
+        return pdf.page_text(ref.source, ref.page) if kind == "PDF" else ""
+
+
 class _errors:  # noqa: N801, used like a function
     """Turn whatever goes wrong inside into a PageError that names the file and the page.
 
@@ -215,7 +226,3 @@ def _nothing(given: str) -> str:
     if glob.has_magic(given):
         return "no file matches this pattern"
     return "there is no such file or folder"
-
-
-def page_text(ref: PageRef) -> str:
-    return ""
