@@ -1,4 +1,4 @@
-"""The command line: `pagemill read` and `pagemill describe`."""
+"""The command line: `pagemill read`, `pagemill describe` and `pagemill score`."""
 
 from __future__ import annotations
 
@@ -298,6 +298,39 @@ def describe(
         for name, value in _flat(facts):
             table.add_row(escape(name), escape(value))
         Console().print(table)
+
+
+@app.command(
+    epilog="[bold]Exit code[/] 0: scored; rows without a counterpart are reported. 2: a file cannot be read, a line is broken, "
+    "or the files have no page in common."
+)
+def score(
+    truth: Annotated[
+        str, typer.Argument(metavar="TRUTH.jsonl", help="What the pages say: `truth` or `assistant` rows.")
+    ],
+    read: Annotated[
+        str, typer.Argument(metavar="OUT.jsonl", help="What was read: records, or rows with `raw` output.")
+    ],
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+    debug: _Debug = False,
+) -> None:
+    """Score records against the truth by the metric of the DharmaOCR benchmark.
+
+    benchmark_score is the mean of Levenshtein ratio and BLEU-4, with character and word error rates,
+    scores by field, and 95 % intervals over pages.
+    Pages are matched by file name and page number.
+
+    TRUTH.jsonl has a row a page: {"file": ..., "page": 1, "truth": {"header": ..., "text": ...}}
+    or, as in the benchmark itself, {"id": ..., "assistant": "{...}"}.
+    """
+    with _sentences(debug):
+        from pagemill.score import report, show
+
+        result = report(truth, read)
+        if as_json:
+            print(json.dumps(result, indent=1), flush=True)
+        else:
+            Console().print(show(result))
 
 
 def main() -> None:

@@ -1,266 +1,466 @@
 """Drafts: cheap guesses of the next tokens, verified by the model in one step, so that the output stays the model's own.
 
-Guesses come from token sequences that a page is likely to repeat: its text layer or another engine's output, earlier pages of the
-run, and the page's own output (prompt lookup, arXiv 2304.04487; suffixes of earlier outputs, arXiv 2411.04975). Each source is
-followed by a pointer that advances while the output agrees with it and is found again by n-gram when it does not. All pointers are
-followed whether they are used or not, so what a source is worth is known without spending a single draft on it.
+Guesses come from what a page is likely to repeat: its text layer or another engine's output, earlier pages of the run (suffix
+matches, arXiv 2411.04975), and the page's own output. A pointer follows each source, advances while the output agrees, and is
+found again where it does not. All pointers are followed whether they are used or not, so what a source is worth is known
+without spending a draft on it. How long the drafts of a step may be follows from what steps have cost (`DraftBudget`).
+
+Texts are compared byte by byte: a model splits a word differently after a quote than after a line break, and differently again
+where it misread a letter. Only the guess itself is made of tokens.
 """
 
 from __future__ import annotations
 
 import json
+import math
+from array import array
+from bisect import bisect_left, bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 
-_NGRAMS = (4, 3, 2)
-"""Lengths of the matches that find a pointer again, longest first."""
-_CANDIDATES = 8
-"""Places with the same n-gram that are compared."""
-_MAX_RUN = 32
-"""Longest match that is told from a longer one."""
+import numpy as np
+
+Encode = Callable[[str], list[int]]
+"""Text to token ids, without special tokens."""
+
+_MAX_MATCH = 32  # tokens; a longer match is not told from this one
+_MAX_TEXT_TOKENS = 1 << 15  # of one text; more cannot come out of one page
+_SNAPSHOT_TOKENS = 32  # between states kept for roll-back
 
 
-def draft_text_tokens(text: str, encode: Callable[[str], list[int]]) -> list[int]:
-    """Tokens of a page's text as the model would write it: as the inside of a JSON string."""
+def draft_text_tokens(text: str, encode: Encode) -> list[int]:
+    """Tokens of a page's text as the model would write it: inside a JSON string, without blank lines."""
     lines = (line.strip() for line in text.splitlines())
     escaped = json.dumps("\n".join(line for line in lines if line), ensure_ascii=False)
     return encode(escaped[1:-1]) if len(escaped) > 2 else []
 
 
-class _Tokens:
-    """A token sequence whose n-grams can be looked up; grows and shrinks at its end."""
-
-    def __init__(self, token_ids: Sequence[int] = ()) -> None:
-        self.ids: list[int] = []
-        self._last: list[dict[tuple[int, ...], int]] = [{} for _ in _NGRAMS]
-        self._previous: list[list[int]] = [[] for _ in _NGRAMS]
-        self.extend(token_ids)
-
-    def extend(self, token_ids: Sequence[int]) -> None:
-        ids = self.ids
-        for token in token_ids:
-            ids.append(token)
-            end = len(ids)
-            for n, last, previous in zip(_NGRAMS, self._last, self._previous, strict=True):
-                if end < n:
-                    previous.append(-1)
-                    continue
-                key = tuple(ids[-n:])
-                previous.append(last.get(key, -1))
-                last[key] = end
-
-    def truncate(self, length: int) -> None:
-        ids = self.ids
-        while len(ids) > length:
-            for n, last, previous in zip(_NGRAMS, self._last, self._previous, strict=True):
-                before = previous.pop()
-                if len(ids) >= n:
-                    key = tuple(ids[-n:])
-                    if before < 0:
-                        del last[key]
-                    else:
-                        last[key] = before
-            ids.pop()
-
-    def find(self, tail: Sequence[int], near: int, before: int) -> tuple[int, int]:
-        """(index after the best place where `tail` ends, length of the match); (-1, 0) if there is none.
-
-        Longer n-grams win, then places at or after `near`, closest first, then later ones. Places from `before` on do not
-        count.
-        """
-        for level, n in enumerate(_NGRAMS):
-            if len(tail) < n:
-                continue
-            end = self._last[level].get(tuple(tail[-n:]), -1)
-            best, tries = -1, 0
-            while end >= 0 and tries < _CANDIDATES:
-                if end < before:
-                    tries += 1
-                    if (
-                        best < 0 or end >= near
-                    ):  # the chain runs from the end: the last one at or after `near` is closest
-                        best = end
-                    else:
-                        break
-                end = self._previous[level][end - 1]
-            if best >= 0:
-                return best, n
-        return -1, 0
-
-
 class DraftIndex:
     """Outputs of earlier pages, found by n-gram. Engine thread only.
 
-    Holds at most `max_tokens` tokens (about 250 bytes each); the page that has gone unused for longest is dropped first.
+    Holds at most `max_tokens` tokens (about 200 bytes each); the page that has gone unused for longest is dropped first.
     """
+
+    _NGRAM = 3  # tokens
+    _CANDIDATES = 8  # of the places with the same n-gram, the newest are compared
 
     def __init__(self, max_tokens: int = 1 << 17) -> None:
         self.max_tokens, self.num_tokens = max_tokens, 0
-        self._pages: OrderedDict[int, tuple[str, list[int]]] = OrderedDict()
+        self._pages: OrderedDict[int, tuple[str, array[int]]] = OrderedDict()
         self._places: dict[tuple[int, ...], list[tuple[int, int]]] = {}
-        self._next = 0
+        self._next_page = 0
 
     def add(self, document: str, token_ids: Sequence[int]) -> None:
         """Add a finished page's output; one longer than the whole index is cut."""
-        ids = list(token_ids[: self.max_tokens])
-        if len(ids) <= _NGRAMS[-1]:
+        ids = array("i", token_ids[: self.max_tokens])
+        if len(ids) <= self._NGRAM:
             return
         while self.num_tokens + len(ids) > self.max_tokens:
             self._drop()
-        page, self._next = self._next, self._next + 1
+        page, self._next_page = self._next_page, self._next_page + 1
         self._pages[page] = document, ids
         self.num_tokens += len(ids)
-        n = 3
-        for end in range(n, len(ids)):
-            self._places.setdefault(tuple(ids[end - n : end]), []).append((page, end))
+        for end in range(self._NGRAM, len(ids)):
+            self._places.setdefault(tuple(ids[end - self._NGRAM : end]), []).append((page, end))
 
-    def _drop(self) -> None:
-        page, (_, ids) = self._pages.popitem(last=False)
-        self.num_tokens -= len(ids)
-        for end in range(3, len(ids)):
-            key = tuple(ids[end - 3 : end])
-            places = self._places.get(key)
-            if places is not None:
-                places[:] = [place for place in places if place[0] != page]
-                if not places:
-                    del self._places[key]
+    def find(self, tail: Sequence[int], document: str) -> tuple[Sequence[int] | None, int, int]:
+        """Where `tail` occurred before: the page's tokens, the index after the match, the match's length in tokens.
 
-    def find(self, tail: Sequence[int], document: str) -> tuple[list[int] | None, int, int]:
-        """(token ids of a page, index after the match, length of the match): longest, same document, newest first."""
+        The longest match wins, then the same document, then the newest page; (None, 0, 0) if there is none.
+        """
         best: tuple[int, bool, int, int] | None = None
-        for page, end in self._places.get(tuple(tail[-3:]), ())[: -1 - _CANDIDATES : -1]:
+        places = self._places.get(tuple(tail[-self._NGRAM :]), [])
+        for page, end in places[: -1 - self._CANDIDATES : -1]:
             owner, ids = self._pages[page]
-            length = 3
-            while (
-                length < _MAX_RUN
-                and length < end
-                and length < len(tail)
-                and ids[end - 1 - length] == tail[-1 - length]
-            ):
+            most, length = min(end, len(tail), _MAX_MATCH), self._NGRAM
+            while length < most and ids[end - 1 - length] == tail[-1 - length]:
                 length += 1
             found = length, owner == document, page, end
             if best is None or found > best:
                 best = found
         if best is None:
-            return None, -1, 0
-        self._pages.move_to_end(best[2])
-        return self._pages[best[2]][1], best[3], best[0]
+            return None, 0, 0
+        length, _, page, end = best
+        self._pages.move_to_end(page)
+        return self._pages[page][1], end, length
+
+    def _drop(self) -> None:
+        page, (_, ids) = self._pages.popitem(last=False)
+        self.num_tokens -= len(ids)
+        for key in {tuple(ids[end - self._NGRAM : end]) for end in range(self._NGRAM, len(ids))}:
+            left = [place for place in self._places[key] if place[0] != page]
+            if left:
+                self._places[key] = left
+            else:
+                del self._places[key]
 
 
-class _Follower:
-    """A pointer into one source and what its guesses are worth, by how long it has agreed."""
+class _Worth:
+    """Share of right guesses, exponentially smoothed, by how long the source has agreed (in powers of two)."""
+
+    _PRIOR_WEIGHT = 8.0  # guesses
+    _DECAY = 0.98
 
     def __init__(self, prior: Sequence[float]) -> None:
-        self.ids: list[int] | None = None
-        self.position = 0
-        self.run = 0
-        self.hits = [8 * p for p in prior]
-        self.trials = [8.0] * len(prior)
+        self._right = [p * self._PRIOR_WEIGHT for p in prior]
+        self._total = [self._PRIOR_WEIGHT] * len(prior)
 
-    @property
-    def bucket(self) -> int:
-        return min(self.run.bit_length(), len(self.hits) - 1)
+    def __call__(self, agreed: int) -> float:
+        i = min(agreed.bit_length(), len(self._total) - 1)
+        return self._right[i] / self._total[i]
+
+    def learn(self, agreed: int, right: bool) -> None:
+        i = min(agreed.bit_length(), len(self._total) - 1)
+        self._right[i] = self._right[i] * self._DECAY + right
+        self._total[i] = self._total[i] * self._DECAY + 1
+
+
+class _TextPointer:
+    """Follows one text, by bytes.
+
+    Where the output leaves the text, the pointer is put behind the nearest place with the output's last bytes: eight or four
+    of them a little ahead, eight anywhere, three ahead, and so on down to one within three bytes of where replaced letters
+    would put it. Otherwise it moves on, for a while, as if as many bytes had been replaced.
+    """
+
+    _SEARCHES = ((8, False), (4, False), (8, True), (3, False), (5, True), (2, False))  # bytes, anywhere
+    _AHEAD = 32  # bytes beyond the expected place
+    _LOST = 32  # bytes without agreement after which nothing is guessed
+    _SURE = 6  # bytes of agreement that confirm a place
+    _PRIOR = (0.2, 0.3, 0.5, 0.6, 0.75, 0.85, 0.95)  # measured on the sample pages with their true texts
+
+    def __init__(self, token_ids: Sequence[int], vocabulary: Sequence[bytes], encode: Encode | None) -> None:
+        pieces = [vocabulary[token] for token in token_ids]
+        self._ids, self._vocabulary, self._encode = list(token_ids), vocabulary, encode
+        self._text = b"".join(pieces)
+        self._starts = list(accumulate(map(len, pieces), initial=0))[: len(pieces)]
+        self._lines = [0]
+        while (at := self._text.find(b"\\n", self._lines[-1])) >= 0:
+            self._lines.append(at + 2)
+        self._worth = _Worth(self._PRIOR)
+        self.state = (0, 0, 0, 0)
+        """Byte expected next, bytes agreed, byte after the last confirmed place, bit set of the lines seen."""
 
     @property
     def acceptance(self) -> float:
-        if self.ids is None or self.position >= len(self.ids):
+        at, agreed, confirmed, _ = self.state
+        if at >= len(self._text) or at - confirmed > self._LOST:
             return 0.0
-        return self.hits[self.bucket] / self.trials[self.bucket]
+        return self._worth(agreed)
 
-    def judge(self, token: int) -> bool:
-        """Whether the guess was `token`, and learn from it."""
-        if self.ids is None or self.position >= len(self.ids):
-            return False
-        bucket, hit = self.bucket, self.ids[self.position] == token
-        self.hits[bucket] = self.hits[bucket] * 0.98 + hit
-        self.trials[bucket] = self.trials[bucket] * 0.98 + 1
-        return hit
+    def advance(self, piece: bytes, tail: bytes, learn: bool) -> None:
+        """The output grew by the bytes of one token and now ends with `tail`."""
+        if not piece:
+            return
+        at, agreed, confirmed, seen = self.state
+        right = self._text.startswith(piece, at)
+        if learn and at < len(self._text) and at - confirmed <= self._LOST:
+            self._worth.learn(agreed, right)
+        if right:
+            at, agreed = at + len(piece), min(agreed + len(piece), 64)
+        elif tail.endswith((b'": "', b'":"')):
+            # A field begins: most likely with the first line that no field before it took.
+            line = (~seen & (seen + 1)).bit_length() - 1
+            at, agreed = (self._lines[line] if line < len(self._lines) else len(self._text)), 0
+            confirmed = at
+        else:
+            at, agreed = self._find(tail, at + len(piece), confirmed)
+        if agreed >= self._SURE:
+            confirmed = at
+            seen |= 1 << bisect_left(self._lines, at) - 1
+        self.state = at, agreed, confirmed, seen
+
+    def guess(self, limit: int) -> list[int]:
+        at, ids = self.state[0], []
+        i = bisect_left(self._starts, at)
+        if i == len(self._starts) or self._starts[i] != at:
+            # Within a token: the rest of the word is split anew, up to where both splits meet.
+            if self._encode is None or self._text[at] & 0xC0 == 0x80:  # within a character nobody splits
+                return []
+            for token in self._encode(self._text[at : at + 24].decode("utf-8", "ignore")):
+                ids.append(token)
+                at += len(self._vocabulary[token])
+                i = bisect_left(self._starts, at)
+                if i < len(self._starts) and self._starts[i] == at:
+                    break
+            else:
+                return ids[:-1][:limit]  # the last one may be cut
+        return (ids + self._ids[i : i + limit])[:limit]
+
+    def _find(self, tail: bytes, expected: int, confirmed: int) -> tuple[int, int]:
+        """Byte after the best match of the output's end, and the match's length in bytes."""
+        text, until = self._text, max(expected, confirmed) + self._AHEAD
+        for length, anywhere in self._SEARCHES:
+            if len(tail) < length:
+                continue
+            key = tail[-length:]
+            found = text.find(key, confirmed, len(text) if anywhere else until)
+            if found < 0 and anywhere:
+                found = text.find(key, 0, confirmed)
+            if found >= 0:
+                return found + length, length
+        found = text.find(tail[-1:], max(confirmed, expected - 4), expected + 3)
+        return (found + 1, 1) if found >= 0 else (expected, 0)
+
+
+class _TokenPointer:
+    """Follows outputs, by tokens: those of earlier pages, or the page's own."""
+
+    def __init__(
+        self, find: Callable[[], tuple[Sequence[int] | None, int, int]], prior: Sequence[float]
+    ) -> None:
+        self._find, self._worth = find, _Worth(prior)
+        self.state: tuple[Sequence[int] | None, int, int] = (None, 0, 0)
+        """Tokens followed, index expected next, tokens agreed."""
+
+    @property
+    def acceptance(self) -> float:
+        ids, at, agreed = self.state
+        return self._worth(agreed) if ids is not None and at < len(ids) else 0.0
+
+    def advance(self, token: int, learn: bool) -> None:
+        """The output grew by `token`; it is part of what `find` looks for already."""
+        ids, at, agreed = self.state
+        right = False
+        if ids is not None and at < len(ids):
+            right = ids[at] == token
+            if learn:
+                self._worth.learn(agreed, right)
+        self.state = (ids, at + 1, min(agreed + 1, _MAX_MATCH)) if right else self._find()
+
+    def guess(self, limit: int) -> list[int]:
+        ids, at, _ = self.state
+        return list(ids[at : at + limit]) if ids is not None else []
 
 
 class Drafter:
-    """Guesses the next tokens of one sequence. Engine thread only."""
+    """Guesses the next tokens of one sequence. Engine thread only.
+
+    `texts`: token ids (`draft_text_tokens`) of whole-page guesses, such as the PDF's text layer. `index`: earlier pages;
+    `document`: this page's. `vocabulary`: the bytes of every token id, empty for special tokens. `encode` splits the rest of a
+    word where the model's tokens and the text's do not meet; without it nothing is guessed there.
+    """
+
+    _NGRAM = 3  # tokens of a match within the page's own output
+    _PAGES_PRIOR = (0.1, 0.2, 0.3, 0.5, 0.7, 0.9)
+    _OWN_PRIOR = (0.1, 0.2, 0.2, 0.4, 0.6, 0.9)
 
     def __init__(
-        self, *, texts: Sequence[Sequence[int]] = (), index: DraftIndex | None = None, document: str = ""
+        self,
+        *,
+        vocabulary: Sequence[bytes],
+        texts: Sequence[Sequence[int]] = (),
+        index: DraftIndex | None = None,
+        document: str = "",
+        encode: Encode | None = None,
     ) -> None:
-        self._output = _Tokens()
-        self._texts = [_Tokens(text) for text in texts]
-        self._index, self._document = index, document
-        self._followers = [_Follower((0.4, 0.6, 0.8, 0.9, 0.95)) for _ in texts]
-        for follower, tokens in zip(self._followers, self._texts, strict=True):
-            follower.ids = tokens.ids
-        self._pages = _Follower((0.1, 0.3, 0.4, 0.6, 0.9))
-        self._own = _Follower((0.1, 0.2, 0.3, 0.5, 0.8))
-        self._all = [*self._followers, self._pages, self._own]
-        self._history: list[list[tuple[list[int] | None, int, int]]] = []
+        self._vocabulary, self._index, self._document = vocabulary, index, document
+        self._output: list[int] = []
+        self._tail = b""
+        self._pending: list[int] = []  # output not looked at yet: nobody asked
+        self._last: dict[tuple[int, ...], int] = {}  # n-gram of the output to the index after it
+        self._before: list[int] = []  # for every token, what `_last` held before it
+        self._texts = [_TextPointer(text[:_MAX_TEXT_TOKENS], vocabulary, encode) for text in texts]
+        self._outputs = [_TokenPointer(self._find_own, self._OWN_PRIOR)]
+        if index is not None:
+            self._outputs.append(_TokenPointer(self._find_page, self._PAGES_PRIOR))
+        self._pointers: list[_TextPointer | _TokenPointer] = [*self._texts, *self._outputs]
+        self._snapshots: list[list[tuple[object, ...]]] = []
         self.num_proposed = 0
         self.num_accepted = 0
 
     def extend(self, token_ids: Sequence[int]) -> None:
-        """The output grew by these tokens, whoever chose them."""
-        for token in token_ids:
-            self._history.append([(f.ids, f.position, f.run) for f in self._all])
-            hits = [f.judge(token) for f in self._all]
-            self._output.extend((token,))
-            tail = self._output.ids[-_MAX_RUN:]
-            for follower, hit in zip(self._all, hits, strict=True):
-                if hit:
-                    follower.position += 1
-                    follower.run += 1
-            for follower, tokens, hit in zip(self._followers, self._texts, hits, strict=False):
-                if not hit:
-                    position, run = tokens.find(tail, follower.position, len(tokens.ids) + 1)
-                    if position >= 0:
-                        follower.position, follower.run = position, run
-                    else:
-                        # One token differs: the text goes on behind it.
-                        follower.position += follower.run > 0
-                        follower.run = 0
-            if self._index is not None and not hits[-2]:
-                self._pages.ids, self._pages.position, self._pages.run = self._index.find(
-                    tail, self._document
-                )
-            if not hits[-1]:
-                position, run = self._output.find(tail, len(self._output.ids), len(self._output.ids))
-                self._own.ids = self._output.ids if position >= 0 else None
-                self._own.position, self._own.run = position, run
+        """The output grew by these tokens, whoever chose them. Costs nothing until guesses are asked for."""
+        self._pending += token_ids
 
     def rollback(self, num_tokens: int) -> None:
         """Keep only the first `num_tokens` tokens of the output."""
-        if num_tokens >= len(self._history):
+        if num_tokens >= len(self._output):
+            del self._pending[num_tokens - len(self._output) :]
             return
-        for follower, state in zip(self._all, self._history[num_tokens], strict=True):
-            follower.ids, follower.position, follower.run = state
-        del self._history[num_tokens:]
-        self._output.truncate(num_tokens)
+        self._pending.clear()
+        start = num_tokens // _SNAPSHOT_TOKENS * _SNAPSHOT_TOKENS
+        again = self._output[start:num_tokens]
+        while len(self._output) > start:
+            before, key = self._before.pop(), tuple(self._output[-self._NGRAM :])
+            if before >= 0:
+                self._last[key] = before
+            else:
+                self._last.pop(key, None)
+            self._output.pop()
+        for pointer, state in zip(
+            self._pointers, self._snapshots[num_tokens // _SNAPSHOT_TOKENS], strict=True
+        ):
+            pointer.state = state  # type: ignore[assignment]
+        del self._snapshots[num_tokens // _SNAPSHOT_TOKENS :]
+        self._tail = b"".join(self._vocabulary[token] for token in self._output[-16:])
+        for token in again:
+            self._advance(token, learn=False)
 
     @property
     def acceptance(self) -> float:
-        """Probability that the next guessed token is what the model writes; 0 where nothing is guessed."""
-        return max(follower.acceptance for follower in self._all)
+        """Probability that the first token `propose` would give is what comes next; 0 where it would give none."""
+        self._catch_up()
+        return max(pointer.acceptance for pointer in self._pointers)
 
     def propose(self, limit: int) -> list[int]:
-        """At most `limit` tokens guessed to come next; empty if no source matches."""
-        best = max(self._all, key=lambda follower: follower.acceptance)
-        if best.ids is None or best.acceptance <= 0:
-            return []
-        return best.ids[best.position : best.position + limit]
+        """At most `limit` tokens guessed to come next, of the source most worth trusting; empty if none matches."""
+        self._catch_up()
+        best = max(self._pointers, key=lambda pointer: pointer.acceptance)
+        return best.guess(limit) if limit > 0 and best.acceptance > 0 else []
 
     def feedback(self, proposed: int, accepted: int) -> None:
-        """Of `proposed` tokens `accepted` were right; what sources are worth is learned in `extend`."""
+        """Count drafts; what a source is worth is learned from the output itself, drafted or not."""
         self.num_proposed += proposed
         self.num_accepted += accepted
 
+    def _catch_up(self) -> None:
+        if self._pending:
+            for token in self._pending:
+                self._advance(token, learn=True)
+            self._pending.clear()
+
+    def _advance(self, token: int, learn: bool) -> None:
+        if len(self._output) % _SNAPSHOT_TOKENS == 0:
+            self._snapshots.append([pointer.state for pointer in self._pointers])
+        self._output.append(token)
+        if self._texts:
+            piece = self._vocabulary[token]
+            self._tail = (self._tail + piece)[-16:]
+            for text in self._texts:
+                text.advance(piece, self._tail, learn)
+        for output in self._outputs:
+            output.advance(token, learn)
+        key = tuple(self._output[-self._NGRAM :])
+        self._before.append(self._last.get(key, -1))
+        self._last[key] = len(self._output)
+
+    def _find_own(self) -> tuple[Sequence[int] | None, int, int]:
+        end = self._last.get(tuple(self._output[-self._NGRAM :]), -1)
+        return (self._output, end, self._NGRAM) if end >= 0 else (None, 0, 0)
+
+    def _find_page(self) -> tuple[Sequence[int] | None, int, int]:
+        assert self._index is not None
+        return self._index.find(self._output[-_MAX_MATCH:], self._document)
+
 
 class DraftBudget:
-    """How many draft tokens a step may carry: as many as pay for their time."""
+    """How many draft tokens a step may carry: as many as raise the expected tokens per second.
+
+    What a step of n tokens costs is kept as exponentially weighted means in classes of n, made non-decreasing (pool adjacent
+    violators) and interpolated: flat while weights are being read, steep behind, whatever the machine. A token is drafted where
+    it and all before it are right with at least some probability; of a row of such thresholds, the one that promises the most
+    tokens a second is taken. One per engine, engine thread only.
+    """
+
+    _CLASSES_PER_OCTAVE = 4
+    _WINDOW = 20.0  # steps that a mean goes over
+    _FORGET = 0.995  # per step, of a class that is not seen
+    _OUTLIER = 2.0  # a step counts at most this many times what was expected
+    _UNKNOWN = 0.5  # of a step's cost is taken to grow with its tokens, where nothing was seen
+    _MARGIN = 1.02  # drafts must promise this much more tokens a second
+    _EXPLORE = 0.005  # share of all time that trying longer drafts may cost
+    _STALE = 100  # steps after which a class is looked at again
+    _ENOUGH = 3  # steps of a class that its mean is believed from
+    _THRESHOLDS = np.array([1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.32, 0.25, 0.2, 0.16, 0.12, 0.09, 0.07])
 
     def __init__(self) -> None:
-        self._seconds: dict[int, tuple[float, float]] = {}
+        self._classes: dict[int, list[float]] = {}  # mean tokens, mean seconds, weight, step last seen
+        self._steps = 0
+        self._curve: tuple[list[float], list[float]] | None = None
+        self._credit = 0.0  # seconds
+        self._probed: float | None = None  # seconds expected without what the last step tried out
 
     def observe(self, num_tokens: int, seconds: float) -> None:
-        """A step of `num_tokens` tokens took `seconds`."""
+        """A step of `num_tokens` tokens, drafts included, took `seconds`, image encoding excluded."""
+        if num_tokens < 1 or not 0 < seconds < math.inf:
+            return
+        self._steps += 1
+        if self._classes:
+            seconds = min(seconds, self._OUTLIER * self.cost(num_tokens))
+        self._credit = min(self._credit + self._EXPLORE * seconds, 2 * seconds)
+        if self._probed is not None:
+            self._credit -= max(0.0, seconds - self._probed)
+            self._probed = None
+        kept = self._classes.setdefault(self._class(num_tokens), [float(num_tokens), seconds, 0.0, 0.0])
+        kept[2] = min(kept[2] + 1.0, self._WINDOW)
+        kept[0] += (num_tokens - kept[0]) / kept[2]
+        kept[1] += (seconds - kept[1]) / kept[2]
+        kept[3] = self._steps
+        self._curve = None
+
+    def cost(self, num_tokens: float) -> float:
+        """Seconds that a step of `num_tokens` tokens is expected to take; 0 before anything was observed."""
+        sizes, seconds = self._points()
+        if not sizes:
+            return 0.0
+        i = bisect_right(sizes, num_tokens)
+        if i == 0:
+            return seconds[0] * (1 - self._UNKNOWN * (1 - num_tokens / sizes[0]))
+        if i == len(sizes):
+            slope = self._UNKNOWN * seconds[-1] / sizes[-1]
+            if i > 1:
+                slope = max(slope, (seconds[-1] - seconds[-2]) / (sizes[-1] - sizes[-2]))
+            return seconds[-1] + slope * (num_tokens - sizes[-1])
+        share = (num_tokens - sizes[i - 1]) / (sizes[i] - sizes[i - 1])
+        return seconds[i - 1] + share * (seconds[i] - seconds[i - 1])
 
     def lengths(self, acceptances: Sequence[float], limit: int, num_other_tokens: int = 0) -> list[int]:
-        """Draft tokens for each sequence that decodes this step, from its drafter's acceptance; at most `limit` each."""
-        return [limit if acceptance > 0.5 else 0 for acceptance in acceptances]
+        """Draft tokens for each sequence that decodes this step, at most `limit`.
+
+        `acceptances`: of each sequence's drafter, 0 for one without guesses. `num_other_tokens`: of prefill in the same step.
+        The first steps of a batch size, and one in a hundred later, go without drafts: what drafts add cannot be known otherwise.
+        """
+        num = len(acceptances)
+        p = np.minimum(np.asarray(acceptances, np.float64), 0.98)
+        if limit < 1 or num == 0 or p.max() < self._THRESHOLDS[-1]:
+            return [0] * num
+        if not self._classes or (num_other_tokens == 0 and not self._known(num)):
+            return [0] * num
+        with np.errstate(divide="ignore"):
+            log_p = np.log(p)[:, None]
+        base = num + num_other_tokens
+        # Far beyond what was seen, costs are a guess: go there by degrees.
+        most = max(self._points()[0][-1] * 1.5 + 4 - base, 0)
+        rows = np.minimum(np.floor(np.log(self._THRESHOLDS) / log_p + 1e-9), limit)  # p**length >= threshold
+        rows = np.clip(np.floor(most - (rows.cumsum(0) - rows)), 0, rows)
+        gains = (p[:, None] * (1 - p[:, None] ** rows) / (1 - p[:, None])).sum(0).tolist()
+        totals = rows.sum(0).tolist()
+        alone, without = self.cost(num), self.cost(base)
+        best, best_rate = 0, self._MARGIN * num / alone
+        for i, total in enumerate(totals):
+            rate = (num + gains[i]) / (alone + self.cost(base + total) - without)
+            if total > 0 and rate > best_rate:
+                best, best_rate = i, rate
+        longer = next((i for i, total in enumerate(totals) if total > totals[best]), None)
+        if longer is not None and not self._known(base + int(totals[longer])):
+            expected = self.cost(base + totals[best])
+            if self._credit >= self.cost(base + totals[longer]) - expected:
+                best, self._probed = longer, expected
+        return [int(length) for length in rows[:, best]]
+
+    def _class(self, num_tokens: int) -> int:
+        return int(self._CLASSES_PER_OCTAVE * math.log2(num_tokens))
+
+    def _known(self, num_tokens: int) -> bool:
+        """Whether steps of about this many tokens were seen often enough, and lately."""
+        kept = self._classes.get(self._class(num_tokens))
+        return kept is not None and kept[2] >= self._ENOUGH and self._steps - kept[3] < self._STALE
+
+    def _points(self) -> tuple[list[float], list[float]]:
+        """Sizes, increasing, and seconds, non-decreasing."""
+        if self._curve is None:
+            sizes: list[float] = []
+            pools: list[list[float]] = []  # seconds, weight, number of classes
+            for _, (size, seconds, weight, seen) in sorted(self._classes.items()):
+                sizes.append(size)
+                pools.append([seconds, weight * self._FORGET ** (self._steps - seen) + 1e-9, 1])
+                while len(pools) > 1 and pools[-2][0] > pools[-1][0]:
+                    value, w, count = pools.pop()
+                    last = pools[-1]
+                    last[0] = (last[0] * last[1] + value * w) / (last[1] + w)
+                    last[1] += w
+                    last[2] += count
+            self._curve = sizes, [value for value, _, count in pools for _ in range(int(count))]
+        return self._curve

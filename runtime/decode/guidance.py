@@ -11,10 +11,11 @@ from __future__ import annotations
 import json
 import re
 import threading
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from heapq import heappop, heappush
 from typing import Any, Literal
 
 import numpy as np
@@ -35,8 +36,7 @@ _LIMITS: dict[str, Any] = dict(
 )  # fmt: skip
 _MAX_CACHED = 64
 _MAX_LOCATED = 256  # subschemas compiled to find the place of an error
-_BREADTH, _DEPTH = 10_000, 100_000  # most bytes tried by each of the two searches for an ending
-_MAX_ENDING = 1 << 16  # bytes
+_BREADTH, _DEPTH = 10_000, 20_000  # most bytes tried by each of the two searches for an ending
 
 # Escapes as JSON has them, except that halves of surrogate pairs come only in pairs: every output can be written as UTF-8.
 _CHAR = (
@@ -183,8 +183,11 @@ class GuideFactory:
             raise RequestError(
                 f"regular expression {_shown(source)}{_column(source, error)}: {_sentence(error)}"
             )
-        if not any(matcher.compute_bitmask()):
-            raise RequestError(f"guidance: {_shown(source)} matches no output at all")
+        trial = matcher.deep_copy()
+        if not any(trial.compute_bitmask()) or trial.is_error():
+            raise RequestError(
+                f"guidance: {_shown(source)} matches no output at all, or is too complex to begin"
+            )
         limits = self._limits
         return Grammar(
             source,
@@ -327,7 +330,7 @@ class Guide:
         """Return the shortest text found that makes the output so far complete and valid, "" if it is already.
 
         It follows `text`: an incomplete last character counts as not written. None if no ending was found within bounds (10,000
-        bytes tried breadth first, then 100,000 depth first), which cannot happen for the page.
+        bytes tried breadth first, then 20,000 depth first), which cannot happen for the page.
         """
         if self._stopped or self._matcher.is_accepting():
             return ""
@@ -476,24 +479,26 @@ def _search(matcher: LLMatcher, found: Callable[[LLMatcher, bytes], bool]) -> by
 
     if found(matcher, b""):
         return b""
-    visits, queue, seen = 0, deque([b""]), set[tuple[int, int, bytes]]()
-    while queue and visits < _BREADTH:
-        at = queue.popleft()
+    visits, seen = 0, set[tuple[int, int, bytes, bytes]]()
+    heap = [(0, 0, b"")]  # least length after what must follow, least choice, the bytes
+    while heap and visits < _BREADTH:
+        _, _, at = heappop(heap)
         go(at)
         for byte in _candidates(matcher.compute_bitmask()):
             go(at + byte)
             if found(matcher, here):
                 return here
             visits += 1
-            # Texts of one length, with as many quotation marks, that allow the same bytes next: one stands for all.
-            state = (len(here), here.count(b'"'), matcher.compute_bitmask())
+            mask, forced = matcher.compute_bitmask(), matcher.compute_ff_bytes()
+            # Texts of one length, with as many brackets and quotation marks, that may go on alike: one stands for all.
+            state = (len(here), sum(map(here.count, b'"{[]}')) - here.count(b'\\"'), mask, forced)
             if state not in seen:
                 seen.add(state)
-                queue.append(here)
+                heappush(heap, (len(here) + len(forced), int.from_bytes(mask, "little").bit_count(), here))
     go(b"")
     path, branches = bytearray(), [iter(_candidates(matcher.compute_bitmask()))]
     for _ in range(_DEPTH):
-        byte = next(branches[-1], b"") if len(path) < _MAX_ENDING else b""
+        byte = next(branches[-1], b"")
         if byte:
             path += byte
             matcher.consume_token(byte[0])
@@ -513,9 +518,9 @@ def _candidates(mask: bytes) -> list[bytes]:
     """Return the bytes that a mask over bytes allows, those that lead to an end first; others than ASCII only if they must be."""
     bits = int.from_bytes(mask, "little")
     allowed = [i for i in _ORDER if bits >> i & 1] or [i for i in range(128, 256) if bits >> i & 1]
-    # Where either bracket may follow, it is text of a string, and the quotation mark ends it.
-    if bits >> 0x5D & 1 and bits >> 0x7D & 1 and bits >> 0x22 & 1:
-        allowed = [0x22, *(i for i in allowed if i != 0x22)]
+    # Where either bracket may follow, it is text of a string: the quotation mark ends it, brackets do nothing.
+    if bits >> 0x5D & 1 and bits >> 0x7D & 1:
+        allowed = sorted((i for i in allowed if i not in b"{[]}"), key=lambda i: (i != 0x22, i != 0x20))
     return [_BYTE[i] for i in allowed]
 
 
