@@ -210,7 +210,11 @@ class GuideFactory:
             item_separator=self.page.item_separator,
             key_separator=self.page.key_separator,
         )
-        return LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=options)
+        schema = {name: value for name, value in schema.items() if name != "x-guidance"}
+        try:
+            return LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=options)
+        except ValueError as error:
+            raise RequestError(f"JSON schema: {_sentence(str(error))}") from None
 
     def _place(self, schema: dict[str, Any], error: str) -> str:
         """Say where in `schema` the error is: the deepest part that alone fails in the same way."""
@@ -518,9 +522,9 @@ def _candidates(mask: bytes) -> list[bytes]:
     """Return the bytes that a mask over bytes allows, those that lead to an end first; others than ASCII only if they must be."""
     bits = int.from_bytes(mask, "little")
     allowed = [i for i in _ORDER if bits >> i & 1] or [i for i in range(128, 256) if bits >> i & 1]
-    # Where either bracket may follow, it is text of a string: the quotation mark ends it, brackets do nothing.
+    # Where either bracket may follow, it is text of a string: the quotation mark ends it, nothing else does more than a space.
     if bits >> 0x5D & 1 and bits >> 0x7D & 1:
-        allowed = sorted((i for i in allowed if i not in b"{[]}"), key=lambda i: (i != 0x22, i != 0x20))
+        allowed = sorted((i for i in allowed if i not in b"{[]}\\"), key=lambda i: (i != 0x22, i != 0x20))
     return [_BYTE[i] for i in allowed]
 
 

@@ -143,11 +143,20 @@ class ImageProcessor:
         except ConfigError as error:
             raise CheckpointError(f"{file}: {error}") from None
 
-    def prepare(self, rgb: npt.NDArray[np.uint8], kernel: Kernel = "native") -> PreparedImage:
-        """Make the patches of a page, uint8 [H, W, 3]; raises PageError where its shape cannot be resized."""
-        height, width = smart_resize(
-            rgb.shape[0], rgb.shape[1], self.patch_size * self.merge_size, self.min_pixels, self.max_pixels
-        )
+    def size(self, height: int, width: int) -> tuple[int, int]:
+        """Return the `(height, width)` in pixels that a page of `height` x `width` is resized to; see `smart_resize`."""
+        factor = self.patch_size * self.merge_size
+        return smart_resize(height, width, factor, self.min_pixels, self.max_pixels)
+
+    def prepare(
+        self, rgb: npt.NDArray[np.uint8], kernel: Kernel = "native", size: tuple[int, int] | None = None
+    ) -> PreparedImage:
+        """Make the patches of a page, uint8 [H, W, 3], resized to `size`, or to that of the checkpoint's settings.
+
+        `size` is `(height, width)` in pixels, multiples of `patch_size * merge_size`. Raises PageError where the page's
+        shape cannot be resized.
+        """
+        height, width = size or self.size(*rgb.shape[:2])
         patches, pixels = patchify(
             rgb,
             height,

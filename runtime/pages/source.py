@@ -119,6 +119,12 @@ def page_text(ref: PageRef) -> str:
         return pdf.page_text(ref.source, ref.page) if kind == "PDF" else ""
 
 
+def is_pdf(ref: PageRef) -> bool:
+    """Tell whether a page has no pixels of its own, but is rendered at a resolution; raises PageError as `load_page`."""
+    with _errors(ref.source, ref.page), _open(ref.source) as file:
+        return _kind(file) == "PDF"
+
+
 class _errors:  # noqa: N801, used like a function
     """Turn whatever goes wrong inside into a PageError that names the file and the page.
 
