@@ -217,7 +217,13 @@ class EngineCore:
             guard = LoopDetector(self._pieces, None if page is None else page.expected_tokens)
         if params.drafts == "auto" and not params.stop:  # a stop string may end inside a draft
             page = page or PageTask()
-            drafter = Drafter(texts=page.texts, index=self.drafts, document=page.document)
+            drafter = Drafter(
+                vocabulary=self._pieces,
+                texts=page.texts,
+                index=self.drafts,
+                document=page.document,
+                encode=self.prompter.encode_text,
+            )
         return Control(params, guide=guide, guard=guard, drafter=drafter)
 
     def step(self) -> tuple[list[Sequence], list[Sequence]]:
@@ -311,7 +317,7 @@ class EngineCore:
             # Before anything else: what follows a loop, even the end token, must not depend on how many tokens a step gives.
             output = seq.output_ids
             tokens = control.rescue(loop, output)
-            seq.num_discarded += len(output) - loop.start
+            seq.num_discarded += loop.end - loop.start
             self.scheduler.rollback(seq, seq.num_prompt + loop.start)
             reason = "loop" if tokens is None else self._append(seq, tokens)
         if reason is None and control.guide is not None:

@@ -483,7 +483,8 @@ class Engine:
         reason = seq.finish_reason or "error"
         fields = parse_page(raw)
         attempt, control = seq.attempts[seq.best], seq.control
-        self.core.drafts.add(ref.source, seq.output_ids)
+        if not attempt.degenerate:
+            self.core.drafts.add(ref.source, seq.output_ids)
         return PageResult(
             source=ref.source,
             page=ref.page,

@@ -109,7 +109,6 @@ class Control:
 
         Returns tokens to go on with (none where a ban is enough), or None where the sequence has to end.
         """
-        lost = len(output) - loop.start
         self.rollback(loop.start)
         self._num_rescues += 1
         closing: list[int] | None = None
@@ -123,7 +122,7 @@ class Control:
                 self._barred = (loop.start, output[loop.start])
                 if loop.kind != "counter":
                     self._bodies.append(tuple(output[loop.start : loop.start + loop.period]))
-        self.events.append(LoopEvent(loop.kind, loop.start, loop.period, loop.repeats, lost, action))
+        self.events.append(LoopEvent(loop.kind, loop.start, loop.period, loop.repeats, loop.end - loop.start, action))
         return closing
 
     def restart(self, params: SamplingParams) -> None:
