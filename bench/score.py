@@ -11,9 +11,7 @@ record  the fields that pagemill writes (broken JSON mended), header, margin, te
 
 Beside each stands what transformers wrote for the same pages (float32, greedy, at most 768 tokens: `reference_hf_fp32.jsonl`).
 
-benchmark_score = (mean Levenshtein ratio + mean BLEU-4) / 2. CER, the character error rate, is the edit distance over the length
-of the truth, mean over pages. A page is degenerate if the token cap cut it and its last 15 characters occur at least four times,
-or if the engine's own guard stopped it; the rate depends on the cap.
+The metric is `pagemill.score`; the rate of degenerate pages depends on the token cap.
 """
 
 from __future__ import annotations
@@ -21,19 +19,17 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import environment
-from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
-from rapidfuzz.distance import Levenshtein
 
 from pagemill import Engine, SamplingParams
-from pagemill.decode.page import parse_page
+from pagemill.decode.page import FIELDS, parse_page
+from pagemill.score import PageScore, Reading, read_truths, score, summarize
 
+TRUTH = environment.PAGES / "truth.jsonl"
 GROUPS = {
     "clean": ("form", "legal", "prose"),
     "form": ("form",),
@@ -42,144 +38,59 @@ GROUPS = {
     "hard": ("hard",),
 }
 """Rows of the table: the prefixes of the file names in each."""
-_CARD_ORDER = ("header", "margin", "text", "footer")
+WAYS = {"raw": "raw", "record": "fields"}
+"""Names of the two ways here, and in the metric."""
 
 
-def plain(x: object) -> str:
-    """Return the text of a page: the values of a JSON object in its own order, one a line; of anything else, itself.
-
-    Values that are null or blank are left out. The same function serves the truth and the prediction.
-    """
-    try:
-        value = json.loads(str(x))
-    except (json.JSONDecodeError, TypeError, RecursionError):
-        return str(x)
-    if isinstance(value, dict):
-        return "\n".join(str(v) for v in value.values() if v is not None and str(v).strip())
-    return str(x)
-
-
-def joined(fields: Mapping[str, str | None]) -> str:
-    """Return header, margin, text and footer, those that are there, one after another."""
-    return plain(json.dumps({name: fields.get(name) for name in _CARD_ORDER}))
-
-
-def levenshtein_ratio(truth: str, read: str) -> float:
-    """Return 1 - edit distance / length of the longer text; 0 where both are empty."""
-    longest = max(len(truth), len(read))
-    return 1 - Levenshtein.distance(truth, read) / longest if longest else 0.0
-
-
-def bleu(truth: str, read: str) -> float:
-    """Return BLEU of n-grams up to 4, uniform weights, smoothing method 1, words split at white space."""
-    return float(sentence_bleu([truth.split()], read.split(), smoothing_function=SmoothingFunction().method1))
-
-
-def character_error_rate(truth: str, read: str) -> float:
-    """Return edit distance / length of the truth; where that is empty, 0 for an empty reading and else 1."""
-    return Levenshtein.distance(truth, read) / len(truth) if truth else float(bool(read))
-
-
-def is_degenerate(raw: str, finish_reason: str) -> bool:
-    """Tell whether a page ran into repetition: the published offline rule, or the engine's guard stopped it."""
-    cut = finish_reason == "length" and len(raw) >= 15 and raw.count(raw[-15:]) >= 4
-    return cut or finish_reason == "loop"
-
-
-def is_json_object(raw: str) -> bool:
-    try:
-        return isinstance(json.loads(raw), dict)
-    except (json.JSONDecodeError, RecursionError):
-        return False
-
-
-@dataclass(frozen=True)
-class PageScore:
-    """One page against its truth."""
-
-    file: str
-    levenshtein: float
-    bleu: float
-    cer: float
-    degenerate: bool
-    valid_json: bool
-
-
-def score_page(file: str, truth: str, read: str, raw: str, finish_reason: str) -> PageScore:
-    """Score the text `read` against `truth`, both plain; what the model wrote, `raw`, tells how it ended."""
-    return PageScore(
-        file,
-        levenshtein_ratio(truth, read),
-        bleu(truth, read),
-        character_error_rate(truth, read),
-        is_degenerate(raw, finish_reason),
-        is_json_object(raw),
-    )
-
-
-def summarize(scores: Sequence[PageScore]) -> dict[str, float]:
-    """Return the means over pages; rates are fractions. Raises ValueError for no pages."""
-    if not scores:
-        raise ValueError("there are no pages to score")
-    lev, bleu4 = fmean(s.levenshtein for s in scores), fmean(s.bleu for s in scores)
-    return {
-        "benchmark_score": (lev + bleu4) / 2,
-        "levenshtein": lev,
-        "bleu": bleu4,
-        "cer": fmean(s.cer for s in scores),
-        "degeneration_rate": fmean(s.degenerate for s in scores),
-        "valid_json": fmean(s.valid_json for s in scores),
-        "pages": len(scores),
-    }
-
-
-def by_group(scores: Iterable[PageScore]) -> dict[str, dict[str, float]]:
-    """Return the summary of each group of the sample pages that has any."""
+def by_group(scores: Iterable[PageScore], way: str) -> dict[str, dict[str, float]]:
+    """Return the means over each group of the sample pages that has any, by one of `WAYS`; rates are fractions."""
     scores = list(scores)
-    members = {
-        group: [s for s in scores if s.file.split("_")[0] in prefixes] for group, prefixes in GROUPS.items()
-    }
-    return {group: summarize(some) for group, some in members.items() if some}
+    groups = {}
+    for group, prefixes in GROUPS.items():
+        some = [page for page in scores if page.name.split("_")[0] in prefixes]
+        if some:
+            means = summarize(some)
+            metrics = means[WAYS[way]] | means
+            names = ("benchmark_score", "levenshtein", "bleu", "cer", "degeneration_rate", "valid_json")
+            groups[group] = {name: metrics[name]["value"] for name in names} | {"pages": len(some)}
+    return groups
 
 
-def read_rows(name: str) -> list[dict[str, Any]]:
-    """Return the objects of a JSON-lines file beside the sample pages."""
-    with open(environment.PAGES / name, encoding="utf-8") as f:
-        return [json.loads(line) for line in f]
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What a model wrote for one page, and the fields read from it."""
-
-    file: str
-    raw: str
-    finish_reason: str
-    fields: Mapping[str, str | None]
-
-
-def score_answers(answers: Iterable[Answer]) -> dict[str, list[PageScore]]:
-    """Return the scores of all pages by either way, `raw` and `record`, against `truth.jsonl`."""
-    truth = {row["file"]: row["truth"] for row in read_rows("truth.jsonl")}
-    scores: dict[str, list[PageScore]] = {"raw": [], "record": []}
-    for a in answers:
-        t = truth[a.file]
-        scores["raw"].append(score_page(a.file, plain(json.dumps(t)), plain(a.raw), a.raw, a.finish_reason))
-        scores["record"].append(score_page(a.file, joined(t), joined(a.fields), a.raw, a.finish_reason))
+def score_samples(readings: Sequence[Reading]) -> list[PageScore]:
+    """Score readings of the sample pages, each of which has to have one."""
+    scores, problems = score(read_truths(TRUTH), readings)
+    if problems:
+        raise SystemExit(f"not simply scored: {len(problems)}, the first being {problems[0]}")
     return scores
 
 
-def transformers_answers() -> list[Answer]:
+def transformers_readings() -> list[Reading]:
     """Return what transformers wrote for the sample pages."""
+    with open(environment.PAGES / "reference_hf_fp32.jsonl", encoding="utf-8") as f:
+        rows = [json.loads(line) for line in f]
     return [
-        Answer(
+        Reading(
             row["file"],
+            1,
+            parse_page(row["text"])._asdict(),
             row["text"],
             "length" if row["hit_cap"] else "stop",
-            parse_page(row["text"])._asdict(),
         )
-        for row in read_rows("reference_hf_fp32.jsonl")
+        for row in rows
     ]
+
+
+def page_numbers(page: PageScore, way: str) -> dict[str, Any]:
+    """Return one page's numbers, for the file of results."""
+    text = getattr(page, WAYS[way])
+    return {
+        "file": page.name,
+        "levenshtein": text.levenshtein,
+        "bleu": text.bleu,
+        "cer": text.cer,
+        "degenerate": page.degenerate,
+        "valid_json": page.valid_json,
+    }
 
 
 def print_table(
@@ -210,9 +121,9 @@ def main() -> None:
     parser.add_argument("--json", help="write the numbers, and those of every page, to this file")
     args = parser.parse_args()
 
-    where = environment.describe("rapidfuzz", "nltk")
-    files = [str(environment.PAGES / row["file"]) for row in read_rows("truth.jsonl")]
-    answers: list[Answer] = []
+    where = environment.describe("rapidfuzz")
+    files = [str(environment.PAGES / truth.name) for truth in read_truths(TRUTH)]
+    readings: list[Reading] = []
     with Engine.from_pretrained(
         args.model, device=args.device, dtype=args.dtype, kernels=args.kernels
     ) as engine:
@@ -221,12 +132,16 @@ def main() -> None:
         for page in engine.read(files, params=SamplingParams(max_new_tokens=args.max_new_tokens)):
             if page.error:
                 raise SystemExit(page.error)
-            answers.append(Answer(Path(page.source).name, page.raw, page.finish_reason, page.to_dict()))
+            fields = {name: getattr(page, name) for name in FIELDS}
+            readings.append(
+                Reading(Path(page.source).name, page.page, fields, page.raw, page.finish_reason, page.status)
+            )
         seconds = time.perf_counter() - started
 
-    scores = score_answers(answers)
-    groups = {way: by_group(some) for way, some in scores.items()}
-    reference = {way: by_group(some) for way, some in score_answers(transformers_answers()).items()}
+    scores = score_samples(readings)
+    groups = {way: by_group(scores, way) for way in WAYS}
+    reference_scores = score_samples(transformers_readings())
+    reference = {way: by_group(reference_scores, way) for way in WAYS}
     environment.show(where)
     print(
         f"model: {args.model}, {description['dtype']}, {description['device']}, greedy, "
@@ -243,7 +158,7 @@ def main() -> None:
             "seconds": seconds,
             "groups": groups,
             "transformers": reference,
-            "pages": {way: [asdict(s) for s in some] for way, some in scores.items()},
+            "pages": {way: [page_numbers(page, way) for page in scores] for way in WAYS},
         }
         Path(args.json).write_text(json.dumps(result, indent=1), encoding="utf-8")
 

@@ -316,12 +316,18 @@ def score(
 ) -> None:
     """Score records against the truth by the metric of the DharmaOCR benchmark.
 
-    benchmark_score is the mean of Levenshtein ratio and BLEU-4, with character and word error rates,
-    scores by field, and 95 % intervals over pages.
-    Pages are matched by file name and page number.
+    benchmark_score is the mean of Levenshtein ratio and BLEU-4. Beside it stand
+    character and word error rates, scores by field, rates of degenerate pages
+    and of valid JSON, the worst pages, and 95 % intervals.
 
-    TRUTH.jsonl has a row a page: {"file": ..., "page": 1, "truth": {"header": ..., "text": ...}}
-    or, as in the benchmark itself, {"id": ..., "assistant": "{...}"}.
+    Pages are matched by path, else by file name, and page number.
+    What has no counterpart is not scored but reported; a failed page counts as empty.
+
+    [bold]A row of TRUTH.jsonl[/], or one of the benchmark itself
+
+        {"file": "scan.png", "page": 1, "truth": {"header": ..., "text": ...}}
+
+        {"id": 17, "assistant": "{...}"}
     """
     with _sentences(debug):
         from pagemill.score import report, show

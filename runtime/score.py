@@ -23,6 +23,7 @@ import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -123,6 +124,7 @@ class TextScore:
         return self.word_edits / self.words if self.words else float(self.word_edits > 0)
 
 
+@lru_cache(maxsize=16)  # a page of nothing but text is the same by either protocol, and by field
 def score_text(truth: str, read: str) -> TextScore:
     """Score the text `read` against `truth`."""
     words, read_words = truth.split(), read.split()
@@ -382,7 +384,7 @@ def score_page(truth: Truth, reading: Reading) -> PageScore:
     """Score one reading."""
     has, got = ({name for name, v in side.fields.items() if v and v.strip()} for side in (truth, reading))
     raw = reading.raw
-    written = [raw] if raw is not None else [value or "" for value in reading.fields.values()]
+    written = [raw] if raw is not None else [reading.fields.get(name) or "" for name in FIELDS]
     return PageScore(
         name=truth.name,
         page=truth.page,
@@ -650,9 +652,12 @@ def _degeneration(result: Mapping[str, Any]) -> str:
 
 def _problem_lines(problems: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     for kind in get_args(Kind):
-        some = [problem for problem in problems if problem["kind"] == kind]
-        if not some:
-            continue
-        named = [f"{p['name']} page {p['page']} ({p['note']})" for p in some[:_NAMED]]
-        more = f", and {len(some) - _NAMED} more" if len(some) > _NAMED else ""
-        yield printable(f"{kind}: {len(some)}: {', '.join(named)}{more}")
+        pages: dict[str, list[str]] = defaultdict(list)
+        for problem in problems:
+            if problem["kind"] == kind:
+                pages[problem["note"]].append(f"{problem['name']} page {problem['page']}")
+        for note, names in list(pages.items())[:_NAMED]:
+            more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+            yield printable(f"{kind}, {note}: {', '.join(names[:_NAMED])}{more}")
+        if len(pages) > _NAMED:
+            yield f"{kind}: {sum(map(len, pages.values()))} in all"

@@ -323,7 +323,7 @@ class Guide:
         if start is None:
             return []
         ending = _search(
-            self._at(output), lambda _, more: _CLOSED.fullmatch(output[start:] + more) is not None
+            self._at(output), True, lambda _, more: _CLOSED.fullmatch(output[start:] + more) is not None
         )
         if not ending:
             return []
@@ -338,7 +338,9 @@ class Guide:
         """
         if self._stopped or self._matcher.is_accepting():
             return ""
-        ending = _search(self._at(self.text.encode()), lambda matcher, _: matcher.is_accepting())
+        ending = _search(
+            self._at(self.text.encode()), self._grammar.is_json, lambda matcher, _: matcher.is_accepting()
+        )
         return None if ending is None else ending.decode()
 
     def _at(self, output: bytes) -> LLMatcher:
@@ -466,16 +468,16 @@ def _open_value(output: bytes) -> int | None:
     return None
 
 
-def _search(matcher: LLMatcher, found: Callable[[LLMatcher, bytes], bool]) -> bytes | None:
+def _search(matcher: LLMatcher, is_json: bool, found: Callable[[LLMatcher, bytes], bool]) -> bytes | None:
     """Return bytes after which `found(matcher, bytes)` holds; `matcher` works on bytes. None within the bounds."""
     here = b""
 
     def go(there: bytes) -> None:
         nonlocal here
-        same = next(
-            (i for i, (a, b) in enumerate(zip(here, there, strict=False)) if a != b),
-            min(len(here), len(there)),
-        )
+        same, end = 0, min(len(here), len(there))
+        while same < end:  # bisect the common beginning
+            middle = (same + end + 1) // 2
+            same, end = (middle, end) if here[:middle] == there[:middle] else (same, middle - 1)
         if same < len(here):
             matcher.rollback(len(here) - same)
         matcher.consume_tokens(list(there[same:]))
@@ -488,7 +490,7 @@ def _search(matcher: LLMatcher, found: Callable[[LLMatcher, bytes], bool]) -> by
     while heap and visits < _BREADTH:
         _, _, at = heappop(heap)
         go(at)
-        for byte in _candidates(matcher.compute_bitmask()):
+        for byte in _candidates(matcher.compute_bitmask(), narrow=is_json):
             go(at + byte)
             if found(matcher, here):
                 return here
@@ -518,13 +520,16 @@ def _search(matcher: LLMatcher, found: Callable[[LLMatcher, bytes], bool]) -> by
     return None
 
 
-def _candidates(mask: bytes) -> list[bytes]:
-    """Return the bytes that a mask over bytes allows, those that lead to an end first; others than ASCII only if they must be."""
+def _candidates(mask: bytes, narrow: bool = False) -> list[bytes]:
+    """Return the bytes that a mask over bytes allows, those that lead to an end first; others than ASCII only if they must be.
+
+    `narrow` leaves only the quotation mark and the space within strings of JSON, where all text is alike.
+    """
     bits = int.from_bytes(mask, "little")
     allowed = [i for i in _ORDER if bits >> i & 1] or [i for i in range(128, 256) if bits >> i & 1]
-    # Where either bracket may follow, it is text of a string: the quotation mark ends it, nothing else does more than a space.
-    if bits >> 0x5D & 1 and bits >> 0x7D & 1:
-        allowed = sorted((i for i in allowed if i not in b"{[]}\\"), key=lambda i: (i != 0x22, i != 0x20))
+    if bits >> 0x5D & 1 and bits >> 0x7D & 1:  # either bracket may follow: text of a string
+        within = [i for i in b'" ' if bits >> i & 1]
+        allowed = within if narrow else within + [i for i in allowed if i not in within]
     return [_BYTE[i] for i in allowed]
 
 

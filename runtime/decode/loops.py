@@ -15,7 +15,7 @@ a loop whose text is tokenised differently each time round. Runs of digits are f
 How often may a page repeat itself? That depends on what is repeated: a printed line holds only so many characters and a page
 only so many lines, so rules, dot leaders and tables of zeros are let go on as far as paper goes, while a paragraph of prose is
 suspect after a few times. The constants below are that table. Where the length of the page is known from its ink, a
-repetition beyond it needs a quarter of the evidence.
+repetition beyond it needs a quarter of the evidence, and one within it may be rows of cells read as one long line.
 
 Cost. A push copies the token's bytes; a check compares 16 bytes and, outside a loop, searches at most `WINDOW` bytes: O(1) a
 token. Proofs are O(tail) but come after geometric or exactly computed waits. Memory is a few bytes per output token.
@@ -23,6 +23,7 @@ token. Proofs are O(tail) but come after geometric or exactly computed waits. Me
 
 from __future__ import annotations
 
+import math
 import re
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -35,13 +36,15 @@ from pagemill.errors import ConfigError
 
 LINE_CHARS = 300
 """Visible characters that one printed line never reaches by repeating a label or a rule (A4 across, 6 pt: about 250)."""
+JOINED_LINES = 3
+"""Times as many where the page may be as long as that and the body has a space: weak models read rows as one line."""
 PAGE_LINES = 72
 """Lines that repeat one another, more than a page holds (A4, 8 pt, single-spaced: about 70)."""
 LABEL_LETTERS = 10
-LABEL_REPEATS = 40
+LABEL_REPEATS = 50
 """A body with the letters of a label: a form's, or a row of a list to be signed. (A body with fewer is a row of cells.)"""
 LINE_LETTERS = 40
-LINE_REPEATS = 12
+LINE_REPEATS = 8
 """A body with the letters of a line of prose: a refrain, a clause of every item. Letters are those of different words."""
 PARAGRAPH_LETTERS = 150
 PARAGRAPH_REPEATS = 4
@@ -61,9 +64,12 @@ SLACK = 12
 MISSES = 4
 """Failed checks in a row that end a candidate."""
 GLITCH_GAP = 24
-"""Bytes repeated for each changed place, at least."""
+SPARE_GLITCHES = 3
+"""Bytes repeated for each changed place, at least; a few changes may come close together."""
 LONGEST_NUMBER = 24
 """Digits that are folded; a longer run is a run of digits, not a number."""
+
+Numbers = Literal["same", "counting", "free"]
 
 _ZEROS = bytes.maketrans(b"123456789", b"000000000")
 _NOT_LETTERS = bytes(b for b in range(0xC0) if not chr(b).isascii() or not chr(b).isalpha())
@@ -137,7 +143,9 @@ class LoopDetector:
         """The candidate, in bytes of the text; 0 is none."""
         self._misses = 0
         self._prove_at = 0
-        """Bytes of the text before which a proof cannot succeed."""
+        """Bytes of the text before which a proof of the candidate cannot succeed."""
+        self._rest_until = 0
+        """The same for whatever candidate: the last proof's tail is paid off."""
         self._late = False
 
     def push(self, token_id: int) -> Loop | None:
@@ -196,79 +204,90 @@ class LoopDetector:
         if n <= KEY:
             return None
         key = text[n - KEY :]
-        if not period or text[max(n - KEY - period, 0) : n - period] != key:
-            self._search(key)
-            if not self._period or self._misses:
-                return None
-        self._misses = 0
+        if period and text[max(n - KEY - period, 0) : n - period] == key:
+            self._misses = 0
+        elif not self._search(key):
+            return None
         if not self._late and self._expected is not None and count > self._expected:
             self._late, self._prove_at = True, 0
         return self._prove() if n >= self._prove_at else None
 
-    def _search(self, key: bytearray) -> None:
-        """Find where the last bytes occurred before: around one period back, else anywhere in the window."""
+    def _search(self, key: bytearray) -> bool:
+        """Find where the last bytes occurred before: around one period back, else anywhere in the window. False: nowhere."""
         text, period = self._text, self._period
         n = len(text)
+        slack = min(SLACK, period // 4)
         if period:
-            slack = min(SLACK, period // 4)
             at = text.rfind(key, max(n - KEY - period - slack, 0), min(n - period + slack, n - 1))
             if at >= 0:
                 self._period, self._misses = n - KEY - at, 0
-                return
+                return True
         at = text.rfind(key, max(n - WINDOW, 0), n - 1)
         if at >= 0:
             distance = n - KEY - at
             whole = text[n - distance :] == text[max(n - 2 * distance, 0) : n - distance]
-            if not period or whole or self._misses >= 2:
-                self._period, self._misses, self._prove_at = distance, 0, n + KEY
-                return
+            # Two periods back: the instance before may have had a changed character here.
+            double = period > 2 * SLACK and abs(distance - 2 * period) <= slack
+            if not period or whole or self._misses >= (MISSES if double else 2):
+                self._period, self._misses = distance, 0
+                self._prove_at = max(n + KEY, self._rest_until)
+                return True
         self._misses += 1
         if self._misses > MISSES:
             self._period = 0
+        return False
 
     def _prove(self) -> Loop | None:
         """Return the loop if the repetition of the candidate is longer than a page allows, else set when to ask again."""
-        text, period = self._text, self._period
-        n = len(text)
-        exact, start = self._walk_back()
-        body = bytes(text[n - period :])
+        n = len(self._text)
+        body = bytes(self._text[n - self._period :])
+        exact, similar = self._walk_back()
+        missing = n - similar
+        for start in dict.fromkeys((exact, similar)):
+            numbers = self._numbers(start, body.count(b"0"), aligned=start == exact)
+            wanted = self._missing(body, start, numbers, clean=start == exact)
+            if wanted <= 0:
+                self._prove_at = 2 * n - start
+                # Where only the first instances differ, they may be the page's own: keep them.
+                return self._loop(exact if 2 * (n - exact) >= n - similar else similar, numbers)
+            missing = min(missing, wanted)
+        self._prove_at = n + max(missing, KEY)
+        self._rest_until = n + (n - similar) // 4
+        return None
+
+    def _missing(self, body: bytes, start: int, numbers: Numbers, clean: bool) -> int:
+        """Return how many bytes the tail from `start`, repetitions of `body`, is too short for the rule that wants least."""
+        tail = bytes(self._text[start:])
         letters = _letters(body)
         easier = BEYOND_PAGE if self._late else 1
-        if letters >= PARAGRAPH_LETTERS:
-            allowed = PARAGRAPH_REPEATS + 0.1
-        elif letters >= LINE_LETTERS:
-            allowed = LINE_REPEATS
-        else:
-            allowed = LABEL_REPEATS
-        numbers = self._numbers(start, body.count(b"0"))
+        wanted: list[float] = []
 
-        # Bytes still missing, by each rule; the first that wants none decides.
-        least = (LEAST_REPEATS - 1) * period
-        missing: list[float] = []
         if letters >= LABEL_LETTERS and numbers != "free":
+            if letters >= PARAGRAPH_LETTERS:
+                allowed = PARAGRAPH_REPEATS + 0.1
+            else:
+                allowed = LINE_REPEATS if letters >= LINE_LETTERS else LABEL_REPEATS
             repeats = max(allowed / easier, LEAST_REPEATS)
-            clean = exact if numbers == "same" else n
-            missing.append(max((repeats - 1) * period - (n - clean), least - (n - clean)))
-            missing.append(max((UNSURE * repeats - 1) * period - (n - start), least - (n - start)))
+            if not clean or numbers == "counting":
+                repeats *= UNSURE
+            wanted.append((repeats - 1) * len(body) - len(tail))
+
         if letters or numbers != "free":
             doubt = UNSURE if numbers == "free" else 1
-            tail = bytes(text[start:])
             breaks = [m.end() for m in _BREAK.finditer(tail)]
-            if letters < LINE_LETTERS and not _BREAK.search(body):
-                line = len(_TAG.sub(b"....", tail[breaks[-1] if breaks else 0 :]))
-                missing.append(max(doubt * LINE_CHARS / easier - line, least - (n - start)))
+            in_body = len(_BREAK.findall(body))
             if breaks:
-                lines = doubt * PAGE_LINES / easier - len(breaks)
-                per_line = period / max(len(_BREAK.findall(body)), 1)
-                missing.append(max(lines * per_line, least - (n - start)))
-        wanted = min(missing, default=n)
-        if wanted > 0:
-            self._prove_at = n + max(int(min(wanted, n - start)), KEY)
-            return None
-        self._prove_at = 2 * n - start
-        return self._loop(start, numbers)
+                wanted.append((doubt * PAGE_LINES / easier - len(breaks)) * len(body) / max(in_body, 1))
+            if letters < LINE_LETTERS and not in_body:
+                if self._expected is not None and not self._late and b" " in body:
+                    doubt *= JOINED_LINES
+                line = len(_TAG.sub(b"....", tail[breaks[-1] if breaks else 0 :]))
+                wanted.append(doubt * LINE_CHARS / easier - line)
 
-    def _loop(self, start: int, numbers: str) -> Loop:
+        least = (LEAST_REPEATS - 1) * len(body) - len(tail)
+        return math.ceil(max(min(wanted, default=len(tail)), least))
+
+    def _loop(self, start: int, numbers: Numbers) -> Loop:
         n, count = len(self._text), len(self._ids)
         first = self._token_at(start)
         kind: Literal["run", "period", "counter"] = "period" if numbers == "same" else "counter"
@@ -291,25 +310,31 @@ class LoopDetector:
         """Return where the tail begins that repeats the text one period before: without any difference, and with small ones."""
         text, period = self._text, self._period
         end = i = len(text)
-        exact, glitches = -1, 0
+        exact, glitches, changed = -1, 0, 0
         while True:
             i -= _common_suffix(text, i, i - period)
             if exact < 0:
                 exact = i
             glitches += 1
-            if glitches * GLITCH_GAP > end - i + GLITCH_GAP:
+            if (glitches - SPARE_GLITCHES) * GLITCH_GAP + 2 * changed > end - i:
                 return exact, i
-            for skip in range(SLACK + 1):
+            for skip in range(2 * SLACK + 1):
                 key = text[max(i - skip - SLACK, 0) : i - skip]
-                at = text.rfind(key, max(i - period - 2 * SLACK, 0), max(i - period, 0))
-                if len(key) == SLACK and at >= 0 and at + SLACK < i - skip:
+                back = i - skip - period
+                if len(key) < SLACK or back < SLACK:
+                    return exact, i
+                at = back - SLACK
+                if text[at:back] != key:
+                    at = text.rfind(key, max(at - SLACK, 0), min(back + SLACK, i - skip - 1))
+                if at >= 0:
                     period = i - skip - SLACK - at
                     i -= skip
+                    changed += skip
                     break
             else:
                 return exact, i
 
-    def _numbers(self, start: int, in_body: int) -> Literal["same", "counting", "free"]:
+    def _numbers(self, start: int, in_body: int, aligned: bool) -> Numbers:
         """Judge the numbers of the tail, `in_body` of them in one body: the same every time, counting, or neither."""
         if not in_body:
             return "same"
@@ -321,9 +346,17 @@ class LoopDetector:
             return "same"
         steps = [int(b) - int(a) for a, b in pairs]
         again = list(zip(steps, steps[in_body:], strict=False))
-        steady = sum(a == b for a, b in again)
-        moving = any(a == b != 0 for a, b in again)
-        return "counting" if moving and steady >= 0.8 * len(again) else "free"
+        if any(a == b != 0 for a, b in again) and sum(a == b for a, b in again) >= 0.8 * len(again):
+            return "counting"
+        if not aligned:
+            # A number that was changed, lost or added shifts the others.
+            near = range(max(in_body - 2, 1), in_body + 3)
+            known = sum(
+                any(found[i] == found[i - k] for k in near if k <= i) for i in range(in_body, len(found))
+            )
+            if known >= 0.7 * (len(found) - in_body):
+                return "same"
+        return "free"
 
 
 def _letters(body: bytes) -> int:

@@ -14,7 +14,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,15 +22,25 @@ import numpy.typing as npt
 Bytes = npt.NDArray[np.uint8]
 Words = npt.NDArray[np.uint64]
 Ints = npt.NDArray[np.int64]
+Counts = npt.NDArray[np.int32]
 
 _SAMPLES = 2_400_000  # A4 at 150 dpi is looked at whole
 _TILE = 16  # samples a side, about 3 mm
+_BAND = 64  # rows turned grey at once
 _WORD = 64  # samples in a machine word, and a strip's width: narrow, so that a tilted line stays level inside
 _LEAST_CONTRAST = 22  # of 255: below lies what shines through from the back of a sheet
-_MOST_NOISE = 40
+_DOUBTFUL_NOISE = 45  # above this it could be faint type all over the page
+_MOST_NOISE = 110
 _GLYPH = 4  # samples that a glyph extends at least, up or across: 7-point type at 72 dpi
+_GLYPH_SHARE = 0.003  # and of the page's height: 0.9 mm of A4
 _ALIGNED = 4  # ink runs in one row of one strip that chance does not put there
+_DASH = 12  # a level run of ink is a rule from here
+_LEAST_DASH = 4.0
 _RULE = 96  # longest upright stroke of a glyph, in samples
+_LETTERS = 8  # a strip is at least as wide as this many bodies are high
+_UPRIGHT = 0.75  # most width of a stroke for its height
+_HAIR = 0.05  # and least
+_LEVEL = 0.3  # share of strokes that must agree on a height
 _STROKES = 1.9  # ink runs that a row crosses in one character of running text, mean
 
 
@@ -49,11 +59,13 @@ class PageInk:
     """Pieces of text lines: a line counts anew after a gap of more than about 64 samples."""
     num_glyphs: int
     """Estimated characters, without spaces."""
+    num_rule_glyphs: int
+    """Characters (_ - .) that the page's level rules would be if typed, at half a text height each and more."""
     blank: bool
     """Nothing is printed: paper, noise, specks, shadows and scan borders at most."""
 
 
-_BLANK = PageInk(0.0, None, None, 0, 0, True)
+_BLANK = PageInk(0.0, None, None, 0, 0, 0, True)
 
 
 def measure_ink(rgb: Bytes) -> PageInk:
@@ -68,7 +80,10 @@ def measure_ink(rgb: Bytes) -> PageInk:
     rows_each, columns_each = _strides(height, width)
     grey = _grey(rgb[::rows_each, ::columns_each])
     sampled_height, sampled_width = -(-height // rows_each), -(-width // columns_each)
-    ink = _content(_words(_ink(grey)))
+    mask = _ink(grey)
+    mask[sampled_height:] = mask[:, sampled_width:] = False
+    _drop_edges(mask[:sampled_height, :sampled_width])
+    ink = _content(_words(mask), glyph=max(_GLYPH, round(_GLYPH_SHARE * sampled_height)))
     if not ink.any():
         return _BLANK
 
@@ -83,23 +98,26 @@ def measure_ink(rgb: Bytes) -> PageInk:
     coverage = min(float(_count(ink).sum()) / (sampled_height * sampled_width), 1.0)
 
     text, unit = _lines(ink), rows_each
-    if text.quality < 0.5:
+    if text.level < 0.6:
         turned = _lines(_turn(ink))
-        if turned.strokes * turned.quality > text.strokes * text.quality:
+        if turned.level > 1.3 * max(text.level, _LEVEL):
             text, unit = turned, columns_each
+    wide = _wide(ink, _DASH)
+    rules = int(_count(wide & ~_down(wide)).sum())
     return PageInk(
         coverage=coverage,
         box=box,
         text_height=text.height * unit if text.height else None,
         num_lines=text.pieces,
         num_glyphs=round(text.strokes / _STROKES),
+        num_rule_glyphs=round(rules / max(_LEAST_DASH, 0.5 * (text.height or 0.0))),
         blank=False,
     )
 
 
 def plausible_output_chars(ink: PageInk) -> int:
     """Return a generous upper bound of the characters that a page with this ink holds."""
-    return 400 + 4 * ink.num_glyphs
+    return 400 + 4 * ink.num_glyphs + ink.num_rule_glyphs
 
 
 def _strides(height: int, width: int) -> tuple[int, int]:
@@ -112,14 +130,16 @@ def _grey(rgb: Bytes) -> Bytes:
     """Return (R + 2 G + B) / 4, padded by its last row and column to whole tiles and words."""
     height, width = rgb.shape[:2]
     grey = np.empty((-(-height // _TILE) * _TILE, -(-width // _WORD) * _WORD), np.uint8)
-    page = grey[:height, :width]
-    page[...] = rgb[..., 1]
-    page >>= 1
-    for channel in (0, 2):
-        plane = rgb[..., channel].copy()
-        plane >>= 2
-        page += plane
-    grey[:height, width:] = page[:, -1:]
+    for top in range(0, height, _BAND):  # band by band, so that the page comes into the cache once
+        part = rgb[top : top + _BAND]
+        band = grey[top : top + len(part), :width]
+        band[...] = part[..., 1]
+        band >>= 1
+        for channel in (0, 2):
+            plane = part[..., channel].copy()
+            plane >>= 2
+            band += plane
+    grey[:height, width:] = grey[:height, width - 1 : width]
     grey[height:] = grey[height - 1]
     return grey
 
@@ -131,14 +151,19 @@ def _ink(grey: Bytes) -> npt.NDArray[np.bool_]:
     per_tile = (height // _TILE, width // _TILE, _TILE)
     top = bands.max(axis=1).reshape(per_tile).max(axis=2).astype(np.int16)
     low = bands.min(axis=1).reshape(per_tile).min(axis=2).astype(np.int16)
-    mean = bands.sum(axis=1, dtype=np.uint16).reshape(per_tile).sum(axis=2, dtype=np.uint32) // _TILE**2
+    mean = bands.sum(axis=1, dtype=np.uint16).reshape(per_tile).sum(axis=2, dtype=np.int32) // _TILE**2
 
-    noise = min(int(np.percentile(top - low, 20)), _MOST_NOISE)
+    noise = min(int(np.percentile(top - low, 5)), _MOST_NOISE)
+    if noise > _DOUBTFUL_NOISE:  # noise lies on both sides of a tile's mean, letters on one
+        spread = 2 * np.minimum(top - mean, mean - low)
+        noise = max(_DOUBTFUL_NOISE, min(int(np.percentile(spread, 10)), noise))
     above, below = _around(top, np.maximum), _around(low, np.minimum)
     light, dark = _around(above, np.minimum), _around(below, np.maximum)
     contrast = above - below
-    threshold = np.maximum(np.maximum(_LEAST_CONTRAST, noise * 5 // 4), contrast * 3 // 10)
-    on_dark = _around(mean.astype(np.int32), np.add) * 2 < 9 * (above + below) - 9 * contrast // 8
+    threshold = np.maximum(np.maximum(_LEAST_CONTRAST, noise * 4 // 3), contrast * 2 // 5)
+    # Beyond the page lies paper, so that a thin dark border at an edge is ink and not the ground.
+    ground = _around(mean, np.add, outside=int(np.median(mean)))
+    on_dark = ground * 2 < 9 * (above + below) - 9 * contrast // 8
     floor = np.where(on_dark, 0, light - threshold).clip(0, 255).astype(np.uint8)
     ceiling = np.where(on_dark, dark + threshold, 255).clip(0, 255).astype(np.uint8)
     is_ink = bands < np.repeat(floor, _TILE, axis=1)[:, None]
@@ -147,17 +172,20 @@ def _ink(grey: Bytes) -> npt.NDArray[np.bool_]:
     return is_ink.reshape(height, width)
 
 
-def _around(tiles: npt.NDArray[np.signedinteger], take: np.ufunc) -> npt.NDArray[np.signedinteger]:
-    """Combine every tile with its eight neighbours; the edge repeats."""
-    padded = np.pad(tiles, 1, mode="edge")
+def _around(tiles: npt.NDArray[Any], take: np.ufunc, outside: int | None = None) -> npt.NDArray[Any]:
+    """Combine every tile with its eight neighbours; beyond the page lies `outside`, or the edge once more."""
+    if outside is None:
+        padded = np.pad(tiles, 1, mode="edge")
+    else:
+        padded = np.pad(tiles, 1, constant_values=outside)
     rows = take(take(padded[:-2], padded[1:-1]), padded[2:])
-    return take(take(rows[:, :-2], rows[:, 1:-1]), rows[:, 2:])  # type: ignore[no-any-return]
+    return np.asarray(take(take(rows[:, :-2], rows[:, 1:-1]), rows[:, 2:]))
 
 
-def _drop_borders(bands: npt.NDArray[np.bool_], top: Ints, mean: Ints) -> None:
+def _drop_borders(bands: npt.NDArray[np.bool_], top: npt.NDArray[Any], mean: npt.NDArray[Any]) -> None:
     """Clear the ink of dark borders: solid dark tiles in line with the edge of a light page, and those beside them."""
     paper = int(np.median(top))
-    solid = (top < paper - 60) & (mean > top.astype(np.int64) - 40)
+    solid = (top < paper - 60) & (mean > top - 40)
     if paper < 120 or not solid.any():
         return
     border = np.zeros_like(solid)
@@ -166,6 +194,16 @@ def _drop_borders(bands: npt.NDArray[np.bool_], top: Ints, mean: Ints) -> None:
         border |= np.flip(np.logical_and.accumulate(np.flip(solid, axis), axis=axis), axis)
     border = _around(border.astype(np.int8), np.maximum).astype(np.bool_)
     bands &= ~np.repeat(border, _TILE, axis=1)[:, None]
+
+
+def _drop_edges(mask: npt.NDArray[np.bool_]) -> None:
+    """Clear what reaches straight in from an edge of the page, and its fringe: borders thinner than a tile, cut figures."""
+    for side in (mask, mask[::-1], mask.T, mask.T[::-1]):
+        edge = side[: 2 * _TILE]
+        reach = np.logical_and.accumulate(edge, axis=0)
+        if reach.any():
+            reach[2:] |= reach[:-2].copy()
+            edge &= ~reach
 
 
 def _words(mask: npt.NDArray[np.bool_]) -> Words:
@@ -219,11 +257,11 @@ def _wide(words: Words, length: int) -> Words:
     return run
 
 
-def _content(ink: Words) -> Words:
+def _content(ink: Words, glyph: int) -> Words:
     """Take out lone samples, upright rules, and whatever is not near something of a glyph's extent."""
     ink = ink & (_left(ink) | _right(ink) | _up(ink) | _down(ink))
     grown = ink | _up(ink) | _down(ink) | _left(ink) | _right(ink)
-    seeds = _tall(grown, _GLYPH + 2) | _wide(grown, _GLYPH + 2)
+    seeds = _tall(grown, glyph + 2) | _wide(grown, glyph + 2)
     tiles = seeds.shape[0] // _TILE
     # A row of points is print, though no point alone is.
     seeds[_count(ink & ~_right(ink)) >= _ALIGNED] = ~np.uint64(0)
@@ -250,68 +288,88 @@ def _turn(ink: Words) -> Words:
     return _words(turned.view(np.bool_))
 
 
-@lru_cache(maxsize=1)
-def _ones() -> Bytes:
-    bits = np.unpackbits(np.arange(65536, dtype=np.uint16).view(np.uint8).reshape(-1, 2), axis=1)
-    return np.asarray(bits.sum(axis=1, dtype=np.uint8))
-
-
-def _count(words: Words) -> npt.NDArray[np.int32]:
-    """Return the number of samples in each word."""
-    return np.asarray(_ones()[words.view(np.uint16)].reshape(*words.shape, 4).sum(axis=-1, dtype=np.int32))
+def _count(words: Words) -> Counts:
+    """Return the number of samples in each word (numpy has no population count before 2.0)."""
+    pairs, fours, bytes_ = np.uint64(0x5555 * 0x1000100010001), np.uint64(0x3333 * 0x1000100010001), 0x0F0F
+    sums = words - ((words >> np.uint64(1)) & pairs)
+    sums = (sums & fours) + ((sums >> np.uint64(2)) & fours)
+    sums = (sums + (sums >> np.uint64(4))) & np.uint64(bytes_ * 0x1000100010001)
+    sums *= np.uint64(0x0101010101010101)
+    return np.asarray(sums >> np.uint64(56), np.int32)
 
 
 @dataclass(frozen=True, slots=True)
 class _Text:
-    height: float | None
-    pieces: int
-    strokes: float
-    quality: float
-    """Share of the ink rows' crossings that lie in bodies with quiet rows above or below: near 1 for level lines."""
+    """What the strips of a page have in common; lengths in samples."""
+
+    height: float | None = None
+    pieces: int = 0
+    strokes: float = 0.0
+    level: float = 0.0
+    """Share of all strokes crossed that lie in bodies of about the median height: 0.4 to 1 for level lines."""
 
 
 def _lines(ink: Words) -> _Text:
-    """Find the bodies of text lines in every strip, and what they have in common."""
-    return _bodies(_count(ink & ~_right(ink)))
+    """Find the text lines in strips as wide as their letters need: several to a strip, yet narrow."""
+    runs, filled = _count(ink & ~_right(ink)), _count(ink)
+    text, words = _bodies(runs, filled), 1
+    while words < runs.shape[1] and (text.height is None or text.height * _LETTERS > _WORD * words):
+        words *= 2
+        first = np.arange(0, runs.shape[1], words)
+        wider = _bodies(np.add.reduceat(runs, first, axis=1), np.add.reduceat(filled, first, axis=1))
+        if wider.level < text.level:
+            break
+        text = wider
+    return text
 
 
-def _bodies(runs: npt.NDArray[np.int32]) -> _Text:
-    """`runs` [H, strips] is how many ink runs each row of a strip has."""
+def _bodies(runs: Counts, filled: Counts) -> _Text:
+    """Measure lines by the number of ink runs and of ink samples in each row of each strip, [H, strips]."""
     height, strips = runs.shape
-    flat = np.zeros((strips, height + 2), np.int32)
-    flat[:, 1:-1] = runs.T
-    profile = flat.reshape(-1)
+    stride = height + 2
+    profile, ink = np.zeros((2, strips, stride), np.int32)  # strip after strip, apart by empty rows
+    profile[:, 1:-1], ink[:, 1:-1] = runs.T, filled.T
+    profile, ink = profile.reshape(-1), ink.reshape(-1)
     starts, ends = _spans(profile > 0)
     if not len(starts):
-        return _Text(None, 0, 0.0, 0.0)
-    most = np.maximum.reduceat(profile, np.stack([starts, ends], 1).reshape(-1))[::2]
-    busiest = np.zeros_like(profile)
-    busiest[starts], busiest[ends] = most, -most
-    busiest = busiest.cumsum()
-    total = int(profile.sum())
-    starts, ends = _spans((profile * 2 >= busiest) & (busiest >= 3))
-    if not len(starts):
-        return _Text(None, 0, 0.0, 0.0)
+        return _Text()
+    busiest = np.repeat(np.maximum.reduceat(profile, starts), ends - starts)
+    body = np.zeros(len(profile), np.bool_)
+    inked = profile > 0
+    body[inked] = (2 * profile[inked] >= busiest) & (busiest >= _ALIGNED - 1)
+    starts, ends = _spans(body)
     size = ends - starts
-    crossings = np.add.reduceat(profile, np.stack([starts, ends], 1).reshape(-1))[::2]
-    strokes = crossings / size
-    good = (size >= 2) & (size <= _RULE)
-    starts, ends, size, strokes = starts[good], ends[good], size[good], strokes[good]
+    fits = (size >= 2) & (size <= _RULE)
+    starts, ends, size = starts[fits], ends[fits], size[fits]
     if not len(starts):
-        return _Text(None, 0, 0.0, 0.0)
-    order = np.argsort(size)
-    weight = strokes[order].cumsum()
-    median = size[order][np.searchsorted(weight, weight[-1] / 2)]
-    close = np.abs(size - median) <= max(1.0, 0.3 * median)
-    mean = float(np.average(size[close], weights=strokes[close]))
-    active = np.zeros(len(profile) + 1, np.int64)
-    active[starts + 1] += 1
-    before = active.cumsum()
-    stride = height + 2
-    left, right = starts - stride, ends - stride
-    there = before[np.maximum(right, 0)] - before[np.maximum(left - median // 1, 0)]
-    pieces = int(((there <= 0) | (starts < stride)).sum())
-    return _Text(mean, pieces, float(strokes.sum()), float(crossings[good][close].sum() / total))
+        return _Text()
+
+    crossed, covered = (np.add.reduceat(counts, _pairs(starts, ends))[::2] for counts in (profile, ink))
+    strokes = crossed / size
+    before = np.zeros(len(profile) + 1, np.int64)
+    before[starts + 1] = 1
+    before = before.cumsum()
+    # A piece of a line begins where the strip to the left has no body in these rows.
+    left = before[np.maximum(ends - stride, 0)] - before[np.maximum(starts - stride - size, 0)]
+    pieces = int((left == 0).sum())
+
+    upright = (
+        covered < _UPRIGHT * size * crossed
+    )  # letters are made of strokes taller than wide; dashes and blobs are not
+    if not upright.any():
+        return _Text(None, pieces, float(strokes.sum()))
+    heights, weights, mass = size[upright], strokes[upright], crossed[upright]
+    order = np.argsort(heights)
+    cumulated = weights[order].cumsum()
+    median = int(heights[order][np.searchsorted(cumulated, cumulated[-1] / 2)])
+    close = np.abs(heights - median) <= max(1.0, 0.3 * median)
+    level = float(mass[close].sum() / profile.sum())
+    mean = float(np.average(heights[close], weights=weights[close]))  # the median, to a fraction of a sample
+    return _Text(mean if level >= _LEVEL else None, pieces, float(strokes.sum()), level)
+
+
+def _pairs(starts: Ints, ends: Ints) -> Ints:
+    return np.stack([starts, ends], axis=1).reshape(-1)
 
 
 def _spans(mask: npt.NDArray[np.bool_]) -> tuple[Ints, Ints]:

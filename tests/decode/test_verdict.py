@@ -126,8 +126,17 @@ def test_mismatch(num_chars, num_glyphs, expected):
     assert text_mismatch(num_chars, num_glyphs) == expected
 
 
+def test_rules_may_have_been_read_as_characters_or_not():
+    assert text_mismatch(1000, 50) == "much"
+    assert text_mismatch(1000, 50, 900) is None
+    assert text_mismatch(50, 50, 900) is None
+
+
 def test_printed_characters_are_those_that_leave_ink():
     assert num_printed(["a b\n c\u00a0", None, "", "é—"]) == 5
+    assert num_printed(['<table border="1"><tr><td>1</td><td>20</td></tr></table>']) == 3
+    assert num_printed(["| a | b |\n|---|---|\n| 1 | 2 |"]) == 4
+    assert num_printed(["1 < 2 > 0"]) == 5
 
 
 def attempt(
