@@ -86,7 +86,9 @@ def _guidance(value: str) -> str | dict[str, Any]:
         with open(value, encoding="utf-8") as file:
             text = file.read(_LARGEST_SCHEMA + 1)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"--guidance {value}: give page, off, or a file with a JSON schema ({error}).") from None
+        raise ConfigError(
+            f"--guidance {value}: give page, off, or a file with a JSON schema ({error})."
+        ) from None
     if len(text) > _LARGEST_SCHEMA:
         raise ConfigError(f"--guidance {value}: the schema is larger than {_LARGEST_SCHEMA} characters.")
     try:
@@ -173,7 +175,9 @@ def read(
     ] = "auto",
     guard: Annotated[
         Literal["rescue", "stop", "off"],
-        typer.Option("--guard", help="What happens to a repetition loop: rolled back and avoided, ended, or nothing."),
+        typer.Option(
+            "--guard", help="What happens to a repetition loop: rolled back and avoided, ended, or nothing."
+        ),
     ] = "rescue",
     drafts: Annotated[
         Literal["auto", "off"],

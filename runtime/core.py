@@ -276,7 +276,9 @@ class EngineCore:
         if not drafting:
             return
         lengths = self.draft_budget.lengths(
-            [drafter.acceptance for _, drafter in drafting], _MAX_DRAFT, min(others, self.config.max_step_tokens)
+            [drafter.acceptance for _, drafter in drafting],
+            _MAX_DRAFT,
+            min(others, self.config.max_step_tokens),
         )
         for (seq, drafter), length in zip(drafting, lengths, strict=True):
             room = seq.max_tokens - len(seq.token_ids) - 1
@@ -354,7 +356,9 @@ class EngineCore:
             seq.num_discarded += len(attempt.token_ids)
             self.scheduler.rollback(seq, seq.num_prompt)
             seq.closing = ""
-            seq.control.restart(replace(seq.params, temperature=_RETRY_TEMPERATURE, seed=seq.params.seed or 0))
+            seq.control.restart(
+                replace(seq.params, temperature=_RETRY_TEMPERATURE, seed=seq.params.seed or 0)
+            )
             if seq.control.guide is not None:
                 self._append(seq, seq.control.guide.forced())
             return None

@@ -235,9 +235,9 @@ class Engine:
 
         `dpi` is what PDF pages are rendered at where `resolution` does not say otherwise; `resolution` and `crop` are those of
         `pagemill.pages.fit`. `draft_text` guesses a page's text from its RGB pixels, as a classical OCR engine does: it only
-        makes the page faster. A page in `skip`, as (source, page), is not read. Blank pages and exact duplicates of a page of this call are
-        answered without the model. A file or page that cannot be read gives a result with status "error" and never stops
-        the others. Leaving the iterator early cancels what is still running.
+        makes the page faster. A page in `skip`, as (source, page), is not read. Blank pages and exact duplicates of a page
+        of this call are answered without the model. A file or page that cannot be read gives a result with status "error"
+        and never stops the others. Leaving the iterator early cancels what is still running.
         """
         given = [os.fspath(i) for i in ([inputs] if isinstance(inputs, str | os.PathLike) else inputs)]
         params, call = params or SamplingParams(), _Call()
@@ -439,9 +439,16 @@ class Engine:
             same = f"duplicate of {first.source} page {first.page}"
             deliver(
                 replace(
-                    first, source=ref.source, page=ref.page, tokens=TokenCounts(), seconds=Seconds(prepare=prepare),
-                    loops=[], drafts=(0, 0), attempts=0, shortcut=same,
-                )  # fmt: skip
+                    first,
+                    source=ref.source,
+                    page=ref.page,
+                    tokens=TokenCounts(),
+                    seconds=Seconds(prepare=prepare),
+                    loops=[],
+                    drafts=(0, 0),
+                    attempts=0,
+                    shortcut=same,
+                )
             )
 
         try:
@@ -451,9 +458,14 @@ class Engine:
             if ink.blank:
                 deliver(
                     PageResult(
-                        ref.source, ref.page, "ok", seconds=Seconds(prepare=prepare), model=self.model, attempts=0,
+                        ref.source,
+                        ref.page,
+                        "ok",
+                        seconds=Seconds(prepare=prepare),
+                        model=self.model,
+                        attempts=0,
                         shortcut="blank",
-                    )  # fmt: skip
+                    )
                 )
                 return
             if not alone:

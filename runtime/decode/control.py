@@ -5,13 +5,14 @@ the first time its continuation is banned (below), later the string that is bein
 that the next field begins. After `max_rescues` the sequence ends.
 
 The ban. Where the last `window` tokens follow the loop's body, in whatever phase, the token that would go on with it is
-forbidden from there to the end of the output. The window is the body itself, at least `_MIN_WINDOW` tokens, so that short runs (the zeros of
-an amount) stay possible, and at most `_MAX_WINDOW`, so that a long body is left early.
+forbidden from there to the end of the output. The window is the body itself, at least `_MIN_WINDOW` tokens, so that short runs
+(the zeros of an amount) stay possible, and at most `_MAX_WINDOW`, so that a long body is left early.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -112,7 +113,7 @@ class Control:
         self.rollback(loop.start)
         self._num_rescues += 1
         closing: list[int] | None = None
-        action = "end"
+        action: Literal["ban", "close", "end"] = "end"
         if self.params.guard == "rescue" and self._num_rescues <= self.params.max_rescues:
             closing = []
             if self._num_rescues > 1 and self.guide is not None:
@@ -122,7 +123,9 @@ class Control:
                 self._barred = (loop.start, output[loop.start])
                 if loop.kind != "counter":
                     self._bodies.append(tuple(output[loop.start : loop.start + loop.period]))
-        self.events.append(LoopEvent(loop.kind, loop.start, loop.period, loop.repeats, loop.end - loop.start, action))
+        self.events.append(
+            LoopEvent(loop.kind, loop.start, loop.period, loop.repeats, loop.end - loop.start, action)
+        )
         return closing
 
     def restart(self, params: SamplingParams) -> None:

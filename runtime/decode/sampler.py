@@ -111,7 +111,8 @@ class SamplingState:
 class Greedy(Protocol):
     """logits float32 `[R, V]` to token ids `[R]` and their log-probabilities `[R]`, under a mask int32 `[R, V / 32]`."""
 
-    def __call__(self, logits: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]: ...
+    def __call__(self, logits: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Choose each row's likeliest token."""
 
 
 class Want(NamedTuple):
@@ -170,7 +171,9 @@ def _choose(logits: Tensor, state: SamplingState, history: Sequence[int], mask: 
         scores[seen] = torch.where(old < 0, old * p.repetition_penalty, old / p.repetition_penalty)
     if mask is not None:
         token = torch.arange(len(scores), device=scores.device)
-        scores = scores.masked_fill((mask[token // 32] >> (token % 32).to(torch.int32)) & 1 == 0, float("-inf"))
+        scores = scores.masked_fill(
+            (mask[token // 32] >> (token % 32).to(torch.int32)) & 1 == 0, float("-inf")
+        )
     if state.random is None:
         return int(scores.argmax())
     scores = scores / p.temperature

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -16,14 +16,9 @@ from pagemill.results import PageResult
 class PageReader(Protocol):
     """What a run needs of an engine."""
 
-    def read(
-        self,
-        inputs: Sequence[str],
-        *,
-        skip: Container[tuple[str, int]] = (),
-        **how: Any,
-    ) -> Iterator[PageResult]:
-        """Yield a result for every page that is not in `skip`, in order of completion."""
+    @property
+    def read(self) -> Callable[..., Iterator[PageResult]]:
+        """`read(inputs, skip=pages, **how)` yields a result for every page that is not in `skip`, in order of completion."""
 
 
 @dataclass

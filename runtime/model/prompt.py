@@ -33,7 +33,7 @@ class Profile:
     """Resolution at which PDF pages are rendered."""
     max_new_tokens: int = 8192
     text_height: float | None = None
-    """Height of text in pixels (`pagemill.pages.ink.PageInk.text_height`) that the model reads best; None shows pages as they are."""
+    """Height of text in pixels, as `pagemill.pages.ink` defines it, that the model reads best; None shows pages as they are."""
     page_json: bool = False
     """Whether it answers with a page's JSON object, so that guidance can hold it to that."""
     keys: tuple[str, ...] = ("header", "margin", "footer", "text")
@@ -80,7 +80,9 @@ def read_profile(folder: Path, name: str) -> Profile:
             raise CheckpointError(f"{path}: {key} cannot be {value!r}")
     keys = values.get("keys", Profile.keys)
     if sorted(map(str, keys)) != sorted(Profile.keys):
-        raise CheckpointError(f"{path}: keys should hold {', '.join(Profile.keys)} in some order, not {keys!r}")
+        raise CheckpointError(
+            f"{path}: keys should hold {', '.join(Profile.keys)} in some order, not {keys!r}"
+        )
     profile = Profile(**{**values, "keys": tuple(keys)})
     if not 10 <= profile.dpi <= 1200 or profile.max_new_tokens < 1:
         raise CheckpointError(f"{path}: dpi should be from 10 to 1200 and max_new_tokens at least 1")
@@ -89,7 +91,9 @@ def read_profile(folder: Path, name: str) -> Profile:
     if profile.key_order not in ("fixed", "any"):
         raise CheckpointError(f"{path}: key_order should be fixed or any, not {profile.key_order!r}")
     if profile.item_separator.strip(" ") != "," or profile.key_separator.strip(" ") != ":":
-        raise CheckpointError(f"{path}: item_separator and key_separator should be a comma and a colon, with spaces")
+        raise CheckpointError(
+            f"{path}: item_separator and key_separator should be a comma and a colon, with spaces"
+        )
     return profile
 
 
@@ -151,7 +155,7 @@ class Prompter:
 
     def encode_text(self, text: str) -> list[int]:
         """Tokens of plain text."""
-        return self.tokenizer.encode(text, add_special_tokens=False).ids  # type: ignore[no-any-return]
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of output tokens, special tokens left out."""

@@ -127,7 +127,10 @@ def test_drafts_change_no_token_and_no_probability(params, data):
         rows = [history + draft[:i] for i in range(len(draft) + 1)]
         mask = torch.from_numpy(masks[[len(row) for row in rows]]) if masked else None
         (ids,), (lps,) = sample(
-            torch.stack([logits_after(row) for row in rows]), [Want(state, history, draft)], greedy_reference, mask
+            torch.stack([logits_after(row) for row in rows]),
+            [Want(state, history, draft)],
+            greedy_reference,
+            mask,
         )
         return ids, lps
 
