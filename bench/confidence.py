@@ -17,6 +17,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -72,21 +73,19 @@ class Page:
 
 
 def _window(width: int, page: Page) -> float:
-    chosen = np.exp(page.logprobs)
-    return float(np.convolve(chosen, np.ones(min(width, len(chosen))), "valid").min()) / min(
-        width, len(chosen)
-    )
+    width = min(width, len(page.logprobs))
+    means = np.convolve(page.logprobs, np.ones(width), "valid") / width
+    return float(np.exp(min(means.min(), page.logprobs.mean())))
 
 
 MEASURES: dict[str, Callable[[Page], float]] = {
     "mean (record)": lambda page: page.verdict.mean or 0.0,
     "worst (record)": lambda page: page.verdict.worst or 0.0,
     "field text": lambda page: page.verdict.fields.get("text", 0.0),
-    "geometric mean": lambda page: float(np.exp(page.logprobs.mean())),
+    "arithmetic mean": lambda page: float(np.exp(page.logprobs).mean()),
     "lowest token": lambda page: float(np.exp(page.logprobs.min())),
-    "worst of 8": lambda page: _window(8, page),
-    "worst of 32": lambda page: _window(32, page),
-    "worst of 64": lambda page: _window(64, page),
+    "worst of 8": partial(_window, 8),
+    "worst of 64": partial(_window, 64),
     "share above 0.9": lambda page: float((np.exp(page.logprobs) > 0.9).mean()),
 }
 
@@ -208,9 +207,8 @@ def main() -> None:
         for measure, row in table.items():
             print("".join([f"{measure:18}", *(f"{row[name]:30.3f}" for name in names)]))
 
-    profile_dpi = 72.0
     on_truth = {}
-    for page in samples(profile_dpi):
+    for page in samples(dpi=72):
         chars, glyphs = num_printed(page.truth.fields.values()), page.ink.num_glyphs
         verdict = mismatch(list(page.truth.fields.values()), page.ink)
         on_truth[f"{page.truth.name} page {page.truth.page}"] = (

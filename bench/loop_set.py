@@ -4,22 +4,20 @@
     python bench/loop_set.py build FOLDER     # labels that, constructs the rest, writes the set
 
 Real outputs: the embedded model and its earlier stages, whole and with the decoder's weights rounded to 4 and 3 bits, greedy and
-drawn at temperature 0.3, 0.6 and 1.0, on the hard, stress and clean pages, on damaged copies of the hard and stress ones, and
-continuing an answer that has already begun to loop. At most 1,536 new tokens.
+drawn at temperature 0.3, 0.6 and 1.0, on the hard and stress pages and some clean ones; the weakest stage also on damaged copies
+of them and continuing an answer that has already begun to loop. At most 1,536 new tokens.
 
-How real outputs are labelled, without the detector: for every period up to 600 bytes, the longest stretch that equals the
-text one period before (brute force). The longest of them makes the output a
+How real outputs are labelled, without the detector: by brute force, for every period up to 600 bytes, the stretches of at least
+100 bytes and three periods that equal the text one period before. The longest of them makes the output a
 
-loop        if it has four instances and the model repeats at least 200 tokens, or 100 bytes and runs into the token cap,
-            or if the published rule calls the output degenerate; and if the page itself does not hold four such bodies in a
-            row. It begins where the first stretch of four instances and 100 bytes does
-brief       if it has four instances and 100 bytes but none of that: a stumble that ended by itself. Such outputs are
-            kept apart, and so are those that follow a page which repeats itself (`page`)
-legitimate  otherwise
+loop        if the model repeats at least 200 tokens in it, or runs into the token cap with it, or if the published rule calls
+            the output degenerate; the loop begins where the first such stretch does
+brief       if it does none of that: a stumble that ended by itself. Such outputs are kept apart, and so are those that follow
+            a page which itself holds four such bodies in a row (`page`)
+legitimate  if there is no such stretch
 
-Constructed: loops from bodies of 1 to 400 tokens after the beginning of a real page, until 8,192 tokens (6 kinds of them); and
-pages that repeat themselves as documents do. Families in HELD_OUT_FAMILIES were never looked at while the constants were chosen;
-nor was every third row of the others (by a hash of its tokens).
+Constructed: loops from bodies of 1 to 400 tokens after the beginning of a real page, until 8,192 tokens; and pages that repeat
+themselves as documents do. Held out are the families in HELD_OUT_FAMILIES and every third other row, by a hash of its tokens.
 
 Each row: `label` (loop, legitimate, brief, page), `kind`, `source`, `held_out`, `tokens` (ids of pagemill-tiny), `start` (where
 the second instance of a loop begins, else null), `page_tokens` (tokens of the page's true answer).
@@ -175,7 +173,7 @@ def read(folder: Path) -> None:
                     (name, "", "", str(PAGES / name))
                     for name in [*hard, *clean[:: 3 if not temperature else 9]]
                 ]
-                if not temperature and bits != 4:
+                if stage == "stage1" and not temperature and bits != 4:
                     asked += [
                         (name, damage, "", np.asarray(image))
                         for name in hard

@@ -327,23 +327,20 @@ def match(
             problems.append(Problem("no truth", reading.name, page, "not scored"))
 
     pairs = []
-    for key, truth in by_path.items():
-        path, page = key
-        sources = {os.path.normpath(reading.name) for reading in found[key]}
-        source = path if path in sources else min(sources, default="")
-        if len(sources) > 1:
-            others = sorted(sources - {source}) if source == path else sorted(sources)
-            note = f"not scored: {truth.name} may be any of them"
-            problems += [Problem("ambiguous", other, page, note) for other in others]
-        if len(sources) > 1 and source != path:
-            continue
-        same = [reading for reading in found[key] if os.path.normpath(reading.name) == source]
-        problems += [
-            Problem("repeated record", reading.name, page, "the last one counts") for reading in same[:-1]
-        ]
-        if same:
-            pairs.append((truth, same[-1]))
-        elif key not in ambiguous:
+    for (path, page), truth in by_path.items():
+        by_source: dict[str, list[Reading]] = defaultdict(list)
+        for reading in found[path, page]:
+            by_source[os.path.normpath(reading.name)].append(reading)
+        source = path if path in by_source or len(by_source) != 1 else next(iter(by_source))
+        note = f"not scored: {truth.name} may be any of them"
+        problems += [Problem("ambiguous", other, page, note) for other in by_source if other != source]
+        if source in by_source:
+            *earlier, last = by_source[source]
+            problems += [
+                Problem("repeated record", reading.name, page, "the last one counts") for reading in earlier
+            ]
+            pairs.append((truth, last))
+        elif not by_source and (path, page) not in ambiguous:
             problems.append(Problem("no record", truth.name, page, "not scored"))
     problems += [
         Problem("failed", reading.name, reading.page, f"counts as empty: {reading.error}")

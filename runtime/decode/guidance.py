@@ -129,15 +129,11 @@ class GuideFactory:
         self.vocab_size, self.num_words, self.page = vocab_size, -(-vocab_size // 32), page
         self.stop_ids = tuple(sorted(stop_ids, reverse=True))
         """Highest first: the first one is what ends an output that is complete."""
-        # Forced text is tokenised as it stands: no normalising, cutting or padding.
-        description = {
-            **json.loads(tokenizer.to_str()),
-            "normalizer": None,
-            "truncation": None,
-            "padding": None,
-        }
+        description = tokenizer.to_str()
+        if tokenizer.truncation or tokenizer.padding:
+            description = json.dumps({**json.loads(description), "truncation": None, "padding": None})
         self.tokenizer = LLTokenizer(
-            json.dumps(description), vocab_size, list(self.stop_ids), slices=LLTokenizer.json_slices()
+            description, vocab_size, list(self.stop_ids), slices=LLTokenizer.json_slices()
         )
         self._limits = LLParserLimits(**_LIMITS)
         self._lock = threading.Lock()
@@ -302,7 +298,9 @@ class Guide:
             return []
         if self.ended:
             return [self._factory.stop_ids[0]]
-        return self._matcher.compute_ff_tokens()
+        tokens = self._matcher.compute_ff_tokens()
+        # A tokenizer that normalises may write other text than what is forced.
+        return tokens if self._matcher.validate_tokens(tokens) == len(tokens) else []
 
     def rollback(self, num_tokens: int) -> None:
         """Undo the last `num_tokens` accepted tokens."""

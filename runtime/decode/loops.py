@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import math
 import re
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -61,13 +61,15 @@ WINDOW = 4096
 """Longest period in bytes: about 1,000 tokens of a large vocabulary."""
 SLACK = 12
 """Bytes that a changed place may have, and that a period may drift by at it."""
-MISSES = 4
+MISSES = 6
 """Failed checks in a row that end a candidate."""
 GLITCH_GAP = 24
 SPARE_GLITCHES = 3
 """Bytes repeated for each changed place, at least; a few changes may come close together."""
 LONGEST_NUMBER = 24
-"""Digits that are folded; a longer run is a run of digits, not a number."""
+"""Digits that are folded; a longer run is no number, and its further digits enter the text, as 0xB0 to 0xB9."""
+MOST_BODIES = 12
+"""Bodies after which the numbers in them may begin anew."""
 
 Numbers = Literal["same", "counting", "free"]
 
@@ -75,7 +77,8 @@ _ZEROS = bytes.maketrans(b"123456789", b"000000000")
 _NOT_LETTERS = bytes(b for b in range(0xC0) if not chr(b).isascii() or not chr(b).isalpha())
 _BREAK = re.compile(rb"\\n|\n|<tr|<br")
 _TAG = re.compile(rb"<[^<>]*>")
-_NUMBER = re.compile(rb"\d{1,%d}" % LONGEST_NUMBER)
+_NUMBER = re.compile(rb"\d+")
+_FOLDED = re.compile(rb"0")
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,7 +193,7 @@ class LoopDetector:
                 if self._digits == 1:
                     folded.append(0x30)
                 elif self._digits > LONGEST_NUMBER:
-                    folded.append(byte)
+                    folded.append(byte | 0x80)
             else:
                 self._digits = 0
                 folded.append(byte)
@@ -219,8 +222,9 @@ class LoopDetector:
         slack = min(SLACK, period // 4)
         if period:
             at = text.rfind(key, max(n - KEY - period - slack, 0), min(n - period + slack, n - 1))
-            if at >= 0:
-                self._period, self._misses = n - KEY - at, 0
+            if at >= 0 and self._misses < MISSES:
+                self._period = n - KEY - at
+                self._misses += 1  # a period that drifts at every check is none
                 return True
         at = text.rfind(key, max(n - WINDOW, 0), n - 1)
         if at >= 0:
@@ -239,23 +243,40 @@ class LoopDetector:
 
     def _prove(self) -> Loop | None:
         """Return the loop if the repetition of the candidate is longer than a page allows, else set when to ask again."""
-        n = len(self._text)
-        body = bytes(self._text[n - self._period :])
+        text, period = self._text, self._period
+        n = len(text)
         exact, similar = self._walk_back()
+        in_body = text.count(b"0", n - period)
+        values, offsets = self._numbers(max(similar - period, 0)) if in_body else ([], [])
+
+        # From where on the numbers repeat as well. They may do so less often than what stands between them: "1,5 2,5 1,5 2,5".
+        times = _lag(values, in_body) // in_body if in_body else 1
+        same = max(exact, similar + (times - 1) * period)
+        changed = _last_change(values, times * in_body)
+        if changed >= 0:
+            same = max(same, offsets[changed] + 1)
+
+        # The tails that could be a loop: the surest first, and longer, less sure ones.
+        tails: list[tuple[int, int, Numbers, bool]] = [(same, times * period, "same", True)]
+        if exact < same:
+            inside = values[bisect_left(offsets, exact - period) :]
+            tails.append((exact, period, _judge(inside, in_body), True))
+        if similar < exact or exact < same:
+            tails.append((similar, period, _judge(values, in_body, shifted=True), False))
         missing = n - similar
-        for start in dict.fromkeys((exact, similar)):
-            numbers = self._numbers(start, body.count(b"0"), aligned=start == exact)
-            wanted = self._missing(body, start, numbers, clean=start == exact)
+        for start, size, numbers, sure in tails:
+            wanted = self._missing(bytes(text[n - size :]), start, numbers, sure)
             if wanted <= 0:
                 self._prove_at = 2 * n - start
                 # Where only the first instances differ, they may be the page's own: keep them.
-                return self._loop(exact if 2 * (n - exact) >= n - similar else similar, numbers)
+                differ = numbers == "same" and 2 * (n - same) >= n - start
+                return self._loop(same if differ else start, size, numbers)
             missing = min(missing, wanted)
         self._prove_at = n + max(missing, KEY)
         self._rest_until = n + (n - similar) // 4
         return None
 
-    def _missing(self, body: bytes, start: int, numbers: Numbers, clean: bool) -> int:
+    def _missing(self, body: bytes, start: int, numbers: Numbers, sure: bool) -> int:
         """Return how many bytes the tail from `start`, repetitions of `body`, is too short for the rule that wants least."""
         tail = bytes(self._text[start:])
         letters = _letters(body)
@@ -268,7 +289,7 @@ class LoopDetector:
             else:
                 allowed = LINE_REPEATS if letters >= LINE_LETTERS else LABEL_REPEATS
             repeats = max(allowed / easier, LEAST_REPEATS)
-            if not clean or numbers == "counting":
+            if not sure or numbers == "counting":
                 repeats *= UNSURE
             wanted.append((repeats - 1) * len(body) - len(tail))
 
@@ -281,13 +302,13 @@ class LoopDetector:
             if letters < LINE_LETTERS and not in_body:
                 if self._expected is not None and not self._late and b" " in body:
                     doubt *= JOINED_LINES
-                line = len(_TAG.sub(b"....", tail[breaks[-1] if breaks else 0 :]))
+                line = len(_TAG.sub(b" ", tail[breaks[-1] if breaks else 0 :]))
                 wanted.append(doubt * LINE_CHARS / easier - line)
 
         least = (LEAST_REPEATS - 1) * len(body) - len(tail)
         return math.ceil(max(min(wanted, default=len(tail)), least))
 
-    def _loop(self, start: int, numbers: Numbers) -> Loop:
+    def _loop(self, start: int, size: int, numbers: Numbers) -> Loop:
         n, count = len(self._text), len(self._ids)
         first = self._token_at(start)
         kind: Literal["run", "period", "counter"] = "period" if numbers == "same" else "counter"
@@ -296,8 +317,8 @@ class LoopDetector:
         return Loop(
             kind=kind,
             start=first,
-            period=1 if kind == "run" else max(count - self._token_at(n - self._period), 1),
-            repeats=1 + (n - start) // self._period,
+            period=1 if kind == "run" else max(count - self._token_at(n - size), 1),
+            repeats=1 + (n - start) // size,
             end=count,
         )
 
@@ -334,29 +355,50 @@ class LoopDetector:
             else:
                 return exact, i
 
-    def _numbers(self, start: int, in_body: int, aligned: bool) -> Numbers:
-        """Judge the numbers of the tail, `in_body` of them in one body: the same every time, counting, or neither."""
-        if not in_body:
-            return "same"
-        pieces = self._pieces
-        raw = b"".join([pieces[i] for i in self._ids[self._token_at(start) :]])
-        found = _NUMBER.findall(raw)
-        pairs = list(zip(found, found[in_body:], strict=False))
-        if not pairs or sum(a == b for a, b in pairs) >= 0.95 * len(pairs):
-            return "same"
-        steps = [int(b) - int(a) for a, b in pairs]
-        again = list(zip(steps, steps[in_body:], strict=False))
-        if any(a == b != 0 for a, b in again) and sum(a == b for a, b in again) >= 0.8 * len(again):
-            return "counting"
-        if not aligned:
-            # A number that was changed, lost or added shifts the others.
-            near = range(max(in_body - 2, 1), in_body + 3)
-            known = sum(
-                any(found[i] == found[i - k] for k in near if k <= i) for i in range(in_body, len(found))
-            )
-            if known >= 0.7 * (len(found) - in_body):
-                return "same"
-        return "free"
+    def _numbers(self, low: int) -> tuple[list[bytes], list[int]]:
+        """Return the first digits of each number that begins at or after `low`, and where it begins in the text."""
+        text, pieces = self._text, self._pieces
+        first = self._token_at(low)
+        if first == len(self._ids):
+            return [], []
+        low = self._begins[first]
+        raw = b"".join([pieces[i] for i in self._ids[first:]])
+        if low and (text[low - 1] == 0x30 or 0xB0 <= text[low - 1] <= 0xB9):
+            raw = raw.lstrip(b"0123456789")
+        values = [digits[:LONGEST_NUMBER] for digits in _NUMBER.findall(raw)]
+        return values, [m.start() for m in _FOLDED.finditer(text, low)]
+
+
+def _lag(values: list[bytes], in_body: int) -> int:
+    """Return after how many numbers they repeat: a multiple of `in_body`, that itself if none is seen."""
+    for lag in range(in_body, min(MOST_BODIES * in_body, len(values) // 2) + 1, in_body):
+        if values[-lag:] == values[-2 * lag : -lag]:
+            return lag
+    return in_body
+
+
+def _last_change(values: list[bytes], lag: int) -> int:
+    """Return the index of the last number that differs from that `lag` before it, or -1."""
+    for i in range(len(values) - 1, lag - 1, -1):
+        if values[i] != values[i - lag]:
+            return i
+    return -1
+
+
+def _judge(values: list[bytes], in_body: int, shifted: bool = False) -> Numbers:
+    """Judge numbers, `in_body` of them in one body: nearly the same every time, counting, or neither.
+
+    `shifted`: a changed place may have added or taken away a number.
+    """
+    if not in_body:
+        return "same"
+    steps = [int(b) - int(a) for a, b in zip(values, values[in_body:], strict=False)]
+    again = list(zip(steps, steps[in_body:], strict=False))
+    if any(steps[-in_body:]) and sum(a == b for a, b in again) >= 0.8 * max(len(again), 1):
+        return "counting"
+    near = range(max(in_body - 2, 1), in_body + 3) if shifted else (in_body,)
+    known = sum(any(values[i] == values[i - k] for k in near if k <= i) for i in range(in_body, len(values)))
+    return "same" if known >= 0.8 * (len(values) - in_body) else "free"
 
 
 def _letters(body: bytes) -> int:

@@ -1,8 +1,9 @@
 """How far a page's answer can be trusted: token probabilities, ink against text, and which of several attempts is best.
 
-Confidence. The probability that the model gave a token it chose, averaged: over the page, over the worst run of `WINDOW`
-chosen tokens, and over each field. Tokens that a grammar forced (keys, punctuation) say nothing and are left out; a draft's
-tokens were verified, so they count as any other.
+Confidence. The geometric mean of the probabilities that the model gave the tokens it chose: over the page, over the worst run
+of `WINDOW` of them, and over each field. It ranks pages by their error better than the arithmetic mean (`bench/confidence.py`).
+Tokens that a grammar forced (keys, punctuation) say nothing and are left out; a draft's tokens were verified, so they count as
+any other.
 
 Ink against text. Connected components count the characters of a page within a factor of about two (dots and accents on one
 side, touching letters on the other; 0.52 to 1.48 components a character on the sample pages). Only a disagreement of twice that
@@ -11,19 +12,20 @@ is reported.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 
 from pagemill.decode.page import field_spans
 from pagemill.results import FinishReason
 
-WINDOW = 16
-"""Tokens in the worst window: about four words."""
+WINDOW = 24
+"""Tokens in the worst window: about a line of text."""
+_LEAST = math.log(1e-4)  # a token that a grammar wrung from the model must not make the whole page impossible
 _FACTOR = 4
 _SLACK = 60
 _NO_INK = re.compile(r"\s|</?[a-zA-Z][^<>]*>|\||-{3,}")
@@ -33,12 +35,12 @@ Mismatch = Literal["little", "much"]
 
 @dataclass(frozen=True, slots=True)
 class Confidence:
-    """Mean probabilities, 0 to 1, of the tokens that the model chose."""
+    """Geometric mean probabilities, 0 to 1, of the tokens that the model chose."""
 
     mean: float | None
     """Over the whole output; None if the model chose nothing."""
     worst: float | None
-    """The lowest over any `WINDOW` chosen tokens in a row; over all of them where there are fewer."""
+    """The lowest over any `WINDOW` chosen tokens in a row; never above `mean`."""
     fields: dict[str, float]
     """Over the tokens of each field that the page has (header, margin, footer, text)."""
 
@@ -52,26 +54,24 @@ def confidence(pieces: Sequence[bytes], logprobs: Sequence[float]) -> Confidence
     """
     if len(pieces) != len(logprobs):
         raise ValueError(f"{len(pieces)} tokens with {len(logprobs)} log-probabilities")
-    probabilities = np.exp(np.asarray(logprobs, np.float64))
-    chosen = ~np.isnan(probabilities)
+    logs = np.clip(np.asarray(logprobs, np.float64), _LEAST, 0.0)
+    chosen = ~np.isnan(logs)
     ends = np.cumsum([len(piece) for piece in pieces], dtype=np.int64)
     fields = {}
     if len(pieces):
         starts = ends - np.diff(ends, prepend=0)
         for name, (start, end) in field_spans(b"".join(pieces).decode("latin-1")).items():
-            inside = probabilities[chosen & (np.maximum(starts, start) < np.minimum(ends, end))]
+            inside = logs[chosen & (np.maximum(starts, start) < np.minimum(ends, end))]
             if len(inside):
-                fields[name] = float(inside.mean())
-    mean, worst = _mean_and_worst(probabilities[chosen])
-    return Confidence(mean, worst, fields)
-
-
-def _mean_and_worst(probabilities: npt.NDArray[np.float64]) -> tuple[float | None, float | None]:
-    if not len(probabilities):
-        return None, None
-    width = min(WINDOW, len(probabilities))
-    windows = np.lib.stride_tricks.sliding_window_view(probabilities, width)
-    return float(probabilities.mean()), float(windows.mean(axis=1).min())
+                fields[name] = float(np.exp(inside.mean()))
+    logs = logs[chosen]
+    if not len(logs):
+        return Confidence(None, None, fields)
+    sums = np.concatenate([[0.0], np.cumsum(logs)])
+    width = min(WINDOW, len(logs))
+    mean = sums[-1] / len(logs)
+    worst = min(mean, (sums[width:] - sums[:-width]).min() / width)
+    return Confidence(math.exp(mean), math.exp(worst), fields)
 
 
 def num_printed(fields: Iterable[str | None]) -> int:

@@ -27,7 +27,10 @@ N counts pixels and not tokens, as models publish it (olmOCR: 1288), and means t
 MAX_ENLARGEMENT = 2.0
 """`auto` never makes a page larger than this: beyond, pixels are added and no detail."""
 
-_CLOSE_ENOUGH = 0.1  # text within a tenth of the preferred height is left as it is
+# Scaling by factors between these costs sharpness, and gains no score or few tokens.
+_KEPT = (0.9, 1.4)
+_SPREAD = 1.25  # how much higher than preferred most text may become for the sake of the smallest type
+_LEAST = 0.5  # of the preferred height: how low the smallest type may become for the sake of the others
 _MARGIN = 0.02  # what cropping leaves around the print, of the page's longer side
 
 
@@ -56,17 +59,21 @@ def fit_page(
 ) -> tuple[PreparedImage, PageInk]:
     """Load a page, measure it, and prepare it at the size that `options` ask for.
 
-    A PDF page is rendered at `dpi` first, or so that its longer side has N pixels. Raises what `load_page` and
-    `ImageProcessor.prepare` raise.
+    A PDF page is rendered at `dpi`, and once more where its text has to grow, or for N pixels on the longer side; the
+    statistics are those of the last rendering. Raises what `load_page` and `ImageProcessor.prepare` raise.
     """
     rgb = load_page(ref, dpi)
-    if is_pdf(ref):
-        longest = max(rgb.shape[:2])
-        if isinstance(options.resolution, int) and longest != options.resolution:
+    if not is_pdf(ref):
+        return fit_pixels(rgb, options, processor)
+    if isinstance(options.resolution, int):
+        if (longest := max(rgb.shape[:2])) != options.resolution:
             rgb = load_page(ref, dpi * options.resolution / longest)
-        elif (wanted := _scale(measure_ink(rgb), options)) > 1:
-            rgb = load_page(ref, dpi * wanted)
-    return fit_pixels(rgb, options, processor)
+        return fit_pixels(rgb, options, processor)
+    ink = measure_ink(rgb)
+    if (scale := _scale(ink, options)) > 1:
+        rgb = load_page(ref, dpi * scale)
+        ink, scale = measure_ink(rgb), 1.0
+    return _prepare(rgb, ink, scale, options, processor), ink
 
 
 def fit_pixels(
@@ -77,14 +84,17 @@ def fit_pixels(
     The statistics are those of the page as given, before cropping and scaling.
     """
     ink = measure_ink(rgb)
+    return _prepare(rgb, ink, _scale(ink, options), options, processor), ink
+
+
+def _prepare(
+    rgb: npt.NDArray[np.uint8], ink: PageInk, scale: float, options: FitOptions, processor: ImageProcessor
+) -> PreparedImage:
     page = crop(rgb, ink) if options.crop else rgb
-    scale = _scale(ink, options)
     if isinstance(options.resolution, int):
         scale = min(1.0, options.resolution / max(page.shape[:2]))
-    if scale == 1:
-        return processor.prepare(page), ink
     height, width = (max(1, round(side * scale)) for side in page.shape[:2])
-    return processor.prepare(page, size=processor.size(height, width)), ink
+    return processor.prepare(page, size=processor.size(height, width))
 
 
 def crop(rgb: npt.NDArray[np.uint8], ink: PageInk) -> npt.NDArray[np.uint8]:
@@ -100,5 +110,7 @@ def _scale(ink: PageInk, options: FitOptions) -> float:
     """Return what `auto` scales a page by; 1 where there is nothing to go by."""
     if options.resolution != "auto" or options.preferred_height is None or ink.text_height is None:
         return 1.0
-    scale = min(options.preferred_height / ink.text_height, MAX_ENLARGEMENT)
-    return 1.0 if abs(scale - 1) <= _CLOSE_ENOUGH else scale
+    small = ink.small_height or ink.text_height
+    height = min(max(small, ink.text_height / _SPREAD), small / _LEAST)
+    scale = min(options.preferred_height / height, MAX_ENLARGEMENT)
+    return 1.0 if _KEPT[0] <= scale <= _KEPT[1] else scale

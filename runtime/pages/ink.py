@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 Bytes = npt.NDArray[np.uint8]
+Tiles = npt.NDArray[Any]  # signed integers, one a tile
 Words = npt.NDArray[np.uint64]
 Ints = npt.NDArray[np.int64]
 Counts = npt.NDArray[np.int32]
@@ -29,17 +30,19 @@ _TILE = 16  # samples a side, about 3 mm
 _BAND = 64  # rows turned grey at once
 _WORD = 64  # samples in a machine word, and a strip's width: narrow, so that a tilted line stays level inside
 _LEAST_CONTRAST = 22  # of 255: below lies what shines through from the back of a sheet
-_DOUBTFUL_NOISE = 45  # above this it could be faint type all over the page
-_MOST_NOISE = 110
+_SURE_NOISE = 60  # more could be faint type all over the page
+_MOST_NOISE = 150
 _GLYPH = 4  # samples that a glyph extends at least, up or across: 7-point type at 72 dpi
 _GLYPH_SHARE = 0.003  # and of the page's height: 0.9 mm of A4
 _ALIGNED = 4  # ink runs in one row of one strip that chance does not put there
+_EDGE = 48  # samples of an edge that letters cut by it do not fill
 _DASH = 12  # a level run of ink is a rule from here
-_LEAST_DASH = 4.0
+_DASHES = (8.0, 16.0)  # least and most width of a typed one
 _RULE = 96  # longest upright stroke of a glyph, in samples
 _LETTERS = 8  # a strip is at least as wide as this many bodies are high
 _UPRIGHT = 0.75  # most width of a stroke for its height
 _HAIR = 0.05  # and least
+_SMALL = 0.1
 _LEVEL = 0.3  # share of strokes that must agree on a height
 _STROKES = 1.9  # ink runs that a row crosses in one character of running text, mean
 
@@ -50,22 +53,26 @@ class PageInk:
 
     coverage: float
     """Share of the page that is ink, without dark scan borders and specks."""
+    ink_pixels: int
+    """The same in pixels."""
     box: tuple[int, int, int, int] | None
     """Top, left, bottom, right (exclusive) of what is printed; None for a blank page."""
     text_height: float | None
     """Median height of the bodies of text lines: the rows of a line that cross at least half as many strokes as its busiest
     one. That is the x-height of lower-case type and the height of capitals and digits in lines of those. None without text."""
+    small_height: float | None
+    """The same for the smallest type: a tenth of the text is no higher. Where lower case and capitals mix it is the x-height."""
     num_lines: int
     """Pieces of text lines: a line counts anew after a gap of more than about 64 samples."""
     num_glyphs: int
     """Estimated characters, without spaces."""
     num_rule_glyphs: int
-    """Characters (_ - .) that the page's level rules would be if typed, at half a text height each and more."""
+    """Twice the characters (_ - .) that the page's level rules would be if they were typed: an upper bound."""
     blank: bool
     """Nothing is printed: paper, noise, specks, shadows and scan borders at most."""
 
 
-_BLANK = PageInk(0.0, None, None, 0, 0, 0, True)
+_BLANK = PageInk(0.0, 0, None, None, None, 0, 0, 0, True)
 
 
 def measure_ink(rgb: Bytes) -> PageInk:
@@ -95,7 +102,7 @@ def measure_ink(rgb: Bytes) -> PageInk:
         min(int(rows[-1] + 1) * rows_each, height),
         min(int(columns[-1] + 1) * columns_each, width),
     )
-    coverage = min(float(_count(ink).sum()) / (sampled_height * sampled_width), 1.0)
+    inked = int(_count(ink).sum())
 
     text, unit = _lines(ink), rows_each
     if text.level < 0.6:
@@ -105,19 +112,24 @@ def measure_ink(rgb: Bytes) -> PageInk:
     wide = _wide(ink, _DASH)
     rules = int(_count(wide & ~_down(wide)).sum())
     return PageInk(
-        coverage=coverage,
+        coverage=inked / (sampled_height * sampled_width),
+        ink_pixels=inked * rows_each * columns_each,
         box=box,
         text_height=text.height * unit if text.height else None,
+        small_height=text.small * unit if text.small else None,
         num_lines=text.pieces,
         num_glyphs=round(text.strokes / _STROKES),
-        num_rule_glyphs=round(rules / max(_LEAST_DASH, 0.5 * (text.height or 0.0))),
+        num_rule_glyphs=round(2 * rules / min(max(text.height or 0.0, _DASHES[0]), _DASHES[1])),
         blank=False,
     )
 
 
 def plausible_output_chars(ink: PageInk) -> int:
     """Return a generous upper bound of the characters that a page with this ink holds."""
-    return 400 + 4 * ink.num_glyphs + ink.num_rule_glyphs
+    bound = 400 + 4 * ink.num_glyphs + ink.num_rule_glyphs
+    if ink.text_height is None:  # letters too small or blurred to be told apart, or a photo
+        bound += ink.ink_pixels // 4
+    return bound
 
 
 def _strides(height: int, width: int) -> tuple[int, int]:
@@ -153,14 +165,11 @@ def _ink(grey: Bytes) -> npt.NDArray[np.bool_]:
     low = bands.min(axis=1).reshape(per_tile).min(axis=2).astype(np.int16)
     mean = bands.sum(axis=1, dtype=np.uint16).reshape(per_tile).sum(axis=2, dtype=np.int32) // _TILE**2
 
-    noise = min(int(np.percentile(top - low, 5)), _MOST_NOISE)
-    if noise > _DOUBTFUL_NOISE:  # noise lies on both sides of a tile's mean, letters on one
-        spread = 2 * np.minimum(top - mean, mean - low)
-        noise = max(_DOUBTFUL_NOISE, min(int(np.percentile(spread, 10)), noise))
+    noise = _noise(top, mean, low)
     above, below = _around(top, np.maximum), _around(low, np.minimum)
     light, dark = _around(above, np.minimum), _around(below, np.maximum)
     contrast = above - below
-    threshold = np.maximum(np.maximum(_LEAST_CONTRAST, noise * 4 // 3), contrast * 2 // 5)
+    threshold = np.maximum(max(_LEAST_CONTRAST, noise), contrast * 2 // 5)
     # Beyond the page lies paper, so that a thin dark border at an edge is ink and not the ground.
     ground = _around(mean, np.add, outside=int(np.median(mean)))
     on_dark = ground * 2 < 9 * (above + below) - 9 * contrast // 8
@@ -172,7 +181,18 @@ def _ink(grey: Bytes) -> npt.NDArray[np.bool_]:
     return is_ink.reshape(height, width)
 
 
-def _around(tiles: npt.NDArray[Any], take: np.ufunc, outside: int | None = None) -> npt.NDArray[Any]:
+def _noise(top: Tiles, mean: Tiles, low: Tiles) -> int:
+    """Return how far below the lightest sample of a tile noise reaches."""
+    quiet = int(np.percentile(top - low, 5)) * 4 // 3
+    # Noise lies on both sides of a tile's mean, letters on one. JPEG takes it out of some tiles and leaves it in others.
+    even = 2 * np.minimum(top - mean, mean - low)
+    least, usual = (int(value) for value in np.percentile(even, (10, 40)))
+    if quiet > _SURE_NOISE:
+        return max(_SURE_NOISE, min(least * 4 // 3, quiet, _MOST_NOISE))
+    return max(quiet, min(2 * usual, _SURE_NOISE))
+
+
+def _around(tiles: Tiles, take: np.ufunc, outside: int | None = None) -> Tiles:
     """Combine every tile with its eight neighbours; beyond the page lies `outside`, or the edge once more."""
     if outside is None:
         padded = np.pad(tiles, 1, mode="edge")
@@ -182,7 +202,7 @@ def _around(tiles: npt.NDArray[Any], take: np.ufunc, outside: int | None = None)
     return np.asarray(take(take(rows[:, :-2], rows[:, 1:-1]), rows[:, 2:]))
 
 
-def _drop_borders(bands: npt.NDArray[np.bool_], top: npt.NDArray[Any], mean: npt.NDArray[Any]) -> None:
+def _drop_borders(bands: npt.NDArray[np.bool_], top: Tiles, mean: Tiles) -> None:
     """Clear the ink of dark borders: solid dark tiles in line with the edge of a light page, and those beside them."""
     paper = int(np.median(top))
     solid = (top < paper - 60) & (mean > top - 40)
@@ -197,13 +217,16 @@ def _drop_borders(bands: npt.NDArray[np.bool_], top: npt.NDArray[Any], mean: npt
 
 
 def _drop_edges(mask: npt.NDArray[np.bool_]) -> None:
-    """Clear what reaches straight in from an edge of the page, and its fringe: borders thinner than a tile, cut figures."""
+    """Clear borders thinner than a tile, and their fringe: what reaches straight in from a long stretch of an edge."""
     for side in (mask, mask[::-1], mask.T, mask.T[::-1]):
-        edge = side[: 2 * _TILE]
-        reach = np.logical_and.accumulate(edge, axis=0)
-        if reach.any():
-            reach[2:] |= reach[:-2].copy()
-            edge &= ~reach
+        starts, ends = _spans(np.pad(side[0], 1))
+        for start, end in zip((starts - 1).tolist(), (ends - 1).tolist(), strict=True):
+            if end - start >= _EDGE:
+                reach = np.logical_and.accumulate(side[: 2 * _TILE, start:end], axis=0)
+                reach[2:] |= reach[:-2].copy()
+                first, last = max(0, start - 2), min(side.shape[1], end + 2)
+                around = np.pad(reach, ((0, 0), (start - first, last - end)), mode="edge")
+                side[: 2 * _TILE, first:last] &= ~around
 
 
 def _words(mask: npt.NDArray[np.bool_]) -> Words:
@@ -303,6 +326,7 @@ class _Text:
     """What the strips of a page have in common; lengths in samples."""
 
     height: float | None = None
+    small: float | None = None
     pieces: int = 0
     strokes: float = 0.0
     level: float = 0.0
@@ -357,15 +381,22 @@ def _bodies(runs: Counts, filled: Counts) -> _Text:
         covered < _UPRIGHT * size * crossed
     )  # letters are made of strokes taller than wide; dashes and blobs are not
     if not upright.any():
-        return _Text(None, pieces, float(strokes.sum()))
+        return _Text(None, None, pieces, float(strokes.sum()))
     heights, weights, mass = size[upright], strokes[upright], crossed[upright]
     order = np.argsort(heights)
-    cumulated = weights[order].cumsum()
-    median = int(heights[order][np.searchsorted(cumulated, cumulated[-1] / 2)])
-    close = np.abs(heights - median) <= max(1.0, 0.3 * median)
-    level = float(mass[close].sum() / profile.sum())
-    mean = float(np.average(heights[close], weights=weights[close]))  # the median, to a fraction of a sample
-    return _Text(mean if level >= _LEVEL else None, pieces, float(strokes.sum()), level)
+    heights, weights, mass = heights[order], weights[order], mass[order]
+    reached = weights.cumsum() / weights.sum()
+
+    def height_at(share: float) -> float:
+        at = int(heights[np.searchsorted(reached, share)])
+        near = np.abs(heights - at) <= max(1.0, 0.15 * at)  # the mean around it tells fractions of a sample
+        return float(np.average(heights[near], weights=weights[near]))
+
+    median = height_at(0.5)
+    level = float(mass[np.abs(heights - median) <= max(1.0, 0.3 * median)].sum() / profile.sum())
+    if level < _LEVEL:
+        return _Text(None, None, pieces, float(strokes.sum()), level)
+    return _Text(median, min(height_at(_SMALL), median), pieces, float(strokes.sum()), level)
 
 
 def _pairs(starts: Ints, ends: Ints) -> Ints:

@@ -221,6 +221,20 @@ def test_forced_tokens_are_all_that_the_mask_leaves(name, seed, steps):
     guide.accept(forced)
 
 
+def test_forced_text_that_the_tokenizer_would_normalise_is_left_to_the_model():
+    guide = start(Regex("cafe\u0301 com leite"))  # NFC makes one character of e and the accent
+    assert guide.forced() == []
+    assert BYTES[allowed(guide)[0]] in (b"c", b"ca", b"caf", b"cafe")
+
+
+def test_a_tokenizer_that_truncates_and_pads_is_taken_without():
+    tokenizer = Tokenizer.from_str(TOKENIZER.to_str())
+    tokenizer.enable_truncation(2)
+    tokenizer.enable_padding()
+    maker = GuideFactory(tokenizer, VOCAB, STOPS, PageFormat(optional=False, order="fixed"))
+    assert start(maker=maker).forced() == start(maker=FACTORIES["all, fixed"]).forced()
+
+
 def test_what_the_model_wrote_is_accepted_and_its_keys_are_forced_as_it_writes_them():
     refused = []
     for line in (PAGES / "reference_hf_fp32.jsonl").read_text().splitlines():

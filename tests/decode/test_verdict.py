@@ -4,7 +4,6 @@ import json
 import math
 from itertools import pairwise
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -25,6 +24,10 @@ def cut(data: bytes, places: list[int]) -> list[bytes]:
     """Cut `data` into tokens at these places, in whatever order, some of them empty."""
     edges = [0, *sorted(min(p, len(data)) for p in places), len(data)]
     return [data[a:b] for a, b in pairwise(edges)]
+
+
+def geometric(logprobs: list[float]) -> float:
+    return math.prod(max(math.exp(x), 1e-4) ** (1 / len(logprobs)) for x in logprobs)
 
 
 places = st.lists(st.integers(0, 300), max_size=40)
@@ -48,18 +51,17 @@ def test_each_field_is_the_mean_of_the_tokens_that_touch_it(page, places, keep, 
     for name, (start, end) in field_spans(raw).items():
         span = slice(len(raw[:start].encode()), len(raw[:end].encode()))
         owners[name] = {i for i in by_byte[span] if not math.isnan(logprobs[i])}
-    expected = {name: np.mean([math.exp(logprobs[i]) for i in own]) for name, own in owners.items() if own}
+    expected = {name: geometric([logprobs[i] for i in own]) for name, own in owners.items() if own}
     found = confidence(pieces, logprobs)
     assert found.fields == pytest.approx(expected)
 
-    chosen = [math.exp(x) for x in logprobs if not math.isnan(x)]
+    chosen = [x for x in logprobs if not math.isnan(x)]
     if not chosen:
         assert found.mean is found.worst is None
         return
-    width = min(WINDOW, len(chosen))
-    windows = [np.mean(chosen[i : i + width]) for i in range(len(chosen) - width + 1)]
-    assert found.mean == pytest.approx(np.mean(chosen))
-    assert found.worst == pytest.approx(min(windows))
+    windows = [geometric(chosen[i : i + WINDOW]) for i in range(max(len(chosen) - WINDOW, 0) + 1)]
+    assert found.mean == pytest.approx(geometric(chosen))
+    assert found.worst == pytest.approx(min([*windows, geometric(chosen)]))
 
 
 def test_a_doubtful_word_shows_in_its_field_and_in_the_worst_window():
@@ -68,8 +70,8 @@ def test_a_doubtful_word_shows_in_its_field_and_in_the_worst_window():
     calm = confidence(pieces, logprobs)
     logprobs[30:34] = [math.log(0.1)] * 4
     doubtful = confidence(pieces, logprobs)
-    assert calm.worst == pytest.approx((0.9 + 15 * 0.99) / 16)
-    assert doubtful.worst == pytest.approx((12 * 0.99 + 4 * 0.1) / 16)
+    assert calm.worst == pytest.approx((0.9 * 0.99**23) ** (1 / 24))
+    assert doubtful.worst == pytest.approx((0.99**20 * 0.1**4) ** (1 / 24))
     assert doubtful.fields["header"] == calm.fields["header"] == pytest.approx(0.9)
     assert doubtful.fields["text"] < calm.fields["text"] == pytest.approx(0.99)
 
@@ -88,8 +90,9 @@ def test_nothing_chosen_has_no_confidence():
         confidence([b"a", b"b"], [0.0])
 
 
-def test_an_impossible_token_counts_as_zero():
-    assert confidence([b"a"], [-math.inf]).mean == 0
+def test_one_impossible_token_does_not_make_the_page_impossible():
+    assert confidence([b"a"], [-math.inf]).mean == pytest.approx(1e-4)
+    assert confidence([b"a"] * 100, [-math.inf] + [0.0] * 99).mean == pytest.approx(1e-4**0.01)
 
 
 @given(st.integers(0, 100_000), st.floats(0.4, 2.5))
