@@ -381,7 +381,7 @@ class EngineCore:
             valid=seq.params.guidance != "page" or is_json_object(raw),
             loops=len(seq.control.events) - sum(attempt.verdict.loops for attempt in seq.attempts),
             confidence=confidence([self._pieces[token] for token in output], seq.logprobs),
-            mismatch=text_mismatch(num_chars, seq.page.num_glyphs),
+            mismatch=text_mismatch(num_chars, seq.page.num_glyphs, seq.page.num_rule_glyphs),
         )
         degenerate = is_degenerate(self.prompter.decode(output), reason)
         return FinishedAttempt(output, list(seq.logprobs), seq.closing, degenerate, verdict)

@@ -475,7 +475,9 @@ class Engine:
             prompt = self.core.tokenize(self.page_prompt, [image])
             # A character takes at least a token only where nothing is learned of the language: a bound, not an estimate.
             bound = min(self.max_new_tokens, plausible_output_chars(ink) + _JSON_TOKENS)
-            task = PageTask(ref.source, self._draft_texts(ref, options), ink.num_glyphs, bound)
+            task = PageTask(
+                ref.source, self._draft_texts(ref, options), ink.num_glyphs, ink.num_rule_glyphs, bound
+            )
             prepare = time.perf_counter() - started
             self._submit(prompt, options.params, 0, _Ticket(call, on_end), bound, task)
         except Exception as error:  # one page's surprise must not cost another page

@@ -74,7 +74,8 @@ class PageTask:
     texts: list[list[int]] = field(default_factory=list)
     """Guesses of the whole output, as token ids."""
     num_glyphs: int | None = None
-    """Estimated characters on the page."""
+    """Estimated characters on the page, and those that its rules might be."""
+    num_rule_glyphs: int = 0
     expected_tokens: int | None = None
     """A bound of the output that is plausible for the page."""
 
