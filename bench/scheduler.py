@@ -18,7 +18,8 @@ from types import SimpleNamespace
 import numpy as np
 
 from pagemill.cache import BlockPool, ImageCache
-from pagemill.decode.sampler import SamplingParams, SamplingState
+from pagemill.decode.control import Control
+from pagemill.decode.sampler import SamplingParams
 from pagemill.runner import Runner
 from pagemill.scheduler import Scheduler
 from pagemill.sequence import Sequence, SequenceImage
@@ -30,7 +31,7 @@ def sequence(i: int, prompt: int, image: int, output: int) -> Sequence:
         id=i, token_ids=[7] * prompt, num_prompt=prompt,
         images=[SequenceImage(4, image, (1, 2, 2 * image), i.to_bytes(16, "little"), np.empty((0, 0), np.float32))],
         positions=np.zeros((3, prompt), np.int32), position_delta=0, params=params, max_tokens=prompt + output,
-        stop_ids=frozenset({1, 2}), sampling=SamplingState(params),
+        stop_ids=frozenset({1, 2}), control=Control(params),
     )  # fmt: skip
 
 
@@ -58,7 +59,7 @@ def measure(num_seqs: int, steps: int, block_size: int) -> dict[str, list[float]
             runner._lay_out(plan)
             seconds["layout"].append(time.perf_counter() - t2)
         last = sum(seq.num_computed + n == len(seq.token_ids) for seq, n in plan.work)
-        tokens, logprobs = [5] * last, [0.0] * last
+        tokens, logprobs = [[5]] * last, [[0.0]] * last
         t3 = time.perf_counter()
         scheduler.update(plan, tokens, logprobs)
         t4 = time.perf_counter()

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pagemill.config import EngineConfig
+    from pagemill.decode.guidance import Regex
     from pagemill.decode.sampler import SamplingParams
     from pagemill.engine import Engine, Request
     from pagemill.errors import PagemillError
@@ -18,6 +19,7 @@ _HOMES = {
     "EngineConfig": "config",
     "PageResult": "results",
     "PagemillError": "errors",
+    "Regex": "decode.guidance",
     "Request": "engine",
     "RequestOutput": "results",
     "SamplingParams": "decode.sampler",
@@ -27,6 +29,7 @@ __all__ = [
     "EngineConfig",
     "PageResult",
     "PagemillError",
+    "Regex",
     "Request",
     "RequestOutput",
     "SamplingParams",

@@ -32,6 +32,7 @@ EXIT_BUG = 70  # EX_SOFTWARE of sysexits.h
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
 EXIT_PIPE_CLOSED = 141  # 128 + SIGPIPE
 
+_LARGEST_SCHEMA = 1_000_000  # characters
 _LONGEST_COMMAND = 500  # characters that are still worth repeating
 
 app = typer.Typer(
@@ -69,6 +70,34 @@ def _number(value: float | None) -> float | None:
     if value is not None and math.isnan(value):  # it passes every range
         raise typer.BadParameter("nan is not a number.")
     return value
+
+
+def _resolution(value: str) -> str:
+    if value not in ("auto", "full") and not (value.isdecimal() and 28 <= int(value) <= 20000):
+        raise typer.BadParameter("give auto, full, or the pixels of the longest side, from 28 to 20000.")
+    return value
+
+
+def _guidance(value: str) -> str | dict[str, Any]:
+    """What --guidance says: a word, or the JSON schema of a file."""
+    if value in ("auto", "page", "off"):
+        return value
+    try:
+        with open(value, encoding="utf-8") as file:
+            text = file.read(_LARGEST_SCHEMA + 1)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"--guidance {value}: give page, off, or a file with a JSON schema ({error})."
+        ) from None
+    if len(text) > _LARGEST_SCHEMA:
+        raise ConfigError(f"--guidance {value}: the schema is larger than {_LARGEST_SCHEMA} characters.")
+    try:
+        schema = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"--guidance {value} is not JSON: {error}.") from None
+    if not isinstance(schema, dict):
+        raise ConfigError(f"--guidance {value} should hold a JSON schema, an object.")
+    return schema
 
 
 def _version(wanted: bool) -> None:
@@ -124,6 +153,36 @@ def read(
             help="PDF rendering; by default what the model likes.",
         ),
     ] = None,
+    resolution: Annotated[
+        str,
+        typer.Option(
+            "--resolution",
+            callback=_resolution,
+            metavar="auto|full|N",
+            help="auto scales a page so that its text has the height that the model reads best, full shows it as it is, "
+            "N makes its longest side N pixels.",
+        ),
+    ] = "auto",
+    crop: Annotated[bool, typer.Option("--crop", help="Cut off empty margins.")] = False,
+    guidance: Annotated[
+        str,
+        typer.Option(
+            "--guidance",
+            metavar="page|off|SCHEMA.json",
+            help="What the output conforms to: the page's own JSON, a JSON schema in a file, or nothing. By default page "
+            "for models that write such JSON.",
+        ),
+    ] = "auto",
+    guard: Annotated[
+        Literal["rescue", "stop", "off"],
+        typer.Option(
+            "--guard", help="What happens to a repetition loop: rolled back and avoided, ended, or nothing."
+        ),
+    ] = "rescue",
+    drafts: Annotated[
+        Literal["auto", "off"],
+        typer.Option("--drafts", help="Verify several guessed tokens at a time; the output is the same."),
+    ] = "auto",
     device: _DeviceOption = "cpu",
     dtype: _DTypeOption = "auto",
     quantize: Annotated[
@@ -194,12 +253,26 @@ def read(
             with engine:
                 from pagemill.decode.sampler import SamplingParams
 
-                params = None if max_new_tokens is None else SamplingParams(max_new_tokens=max_new_tokens)
+                params = SamplingParams(
+                    max_new_tokens=max_new_tokens,
+                    guidance=_guidance(guidance),
+                    guard=guard,
+                    drafts=drafts,
+                )
                 report = ProgressReport(_stderr, found, already=already, live=live)
                 on_page = None if quiet else report.on_page
                 try:
                     with report if not quiet else nullcontext():
-                        totals = run(engine, found, target, params=params, dpi=dpi, on_page=on_page)
+                        totals = run(
+                            engine,
+                            found,
+                            target,
+                            on_page=on_page,
+                            params=params,
+                            dpi=dpi,
+                            resolution=resolution if resolution in ("auto", "full") else int(resolution),
+                            crop=crop,
+                        )
                 except KeyboardInterrupt:
                     _say(_how_to_resume(target, sys.argv[1:]))
                     raise

@@ -1,20 +1,35 @@
-"""The engine's inside: requests in, one step at a time, finished sequences out. One thread drives it."""
+"""The engine's inside: requests in, one step at a time, finished sequences out. One thread drives it.
+
+A step: drafts are guessed, the scheduler plans, token masks are computed while the model runs, tokens are chosen and verified.
+Then, a sequence at a time: a loop is rolled back, tokens that the grammar forces are appended, and what has ended is finished, or
+begun again from its prompt.
+"""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence as SequenceOf
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import isfinite, nan
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from pagemill.cache import BlockPool, ImageCache
 from pagemill.config import EngineConfig
-from pagemill.decode.sampler import SamplingParams, SamplingState
-from pagemill.errors import ConfigError, RequestError
+from pagemill.decode.control import Control
+from pagemill.decode.drafts import DraftBudget, Drafter, DraftIndex
+from pagemill.decode.guidance import GuideFactory, PageFormat
+from pagemill.decode.loops import LoopDetector, token_pieces
+from pagemill.decode.page import is_degenerate, is_json_object, parse_page
+from pagemill.decode.sampler import SamplingParams, Want, sample
+from pagemill.decode.verdict import Attempt, best_attempt, confidence, num_printed, text_mismatch
+from pagemill.errors import ConfigError, PagemillError, RequestError
 from pagemill.model.loader import Model
 from pagemill.model.prompt import Prompter
 from pagemill.model.rope import mrope_positions
@@ -22,9 +37,12 @@ from pagemill.pages.preprocess import PreparedImage
 from pagemill.results import FinishReason
 from pagemill.runner import Runner, block_bytes
 from pagemill.scheduler import Scheduler
-from pagemill.sequence import Sequence, SequenceImage, Timeline
+from pagemill.sequence import FinishedAttempt, PageTask, Sequence, SequenceImage, Timeline
 
 _DEFAULT_MODEL_LEN = 32768
+_MAX_DRAFT = 16  # tokens guessed for one sequence in one step
+_NOT_FINITE = "the model computed values that are not finite numbers; try float32, or check the checkpoint"
+_RETRY_TEMPERATURE = 0.3  # enough to leave the path that ended badly
 
 
 @dataclass
@@ -38,7 +56,14 @@ class TokenizedPrompt:
 class EngineCore:
     """Scheduler, cache and runner of one model on one device."""
 
-    def __init__(self, model: Model, prompter: Prompter, config: EngineConfig, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        model: Model,
+        prompter: Prompter,
+        config: EngineConfig,
+        dtype: torch.dtype,
+        page_format: PageFormat | None = None,
+    ) -> None:
         text = model.config.text
         self.model, self.prompter, self.config = model, prompter, config
         self.max_model_len = config.max_model_len or min(text.max_position_embeddings, _DEFAULT_MODEL_LEN)
@@ -80,8 +105,19 @@ class EngineCore:
             device=model.vision.device,
             dtype=dtype,
         )
+        self.drafts = DraftIndex()
+        self.draft_budget = DraftBudget()
+        self._guides = GuideFactory(
+            prompter.tokenizer, text.vocab_size, model.config.eos_token_ids, page_format or PageFormat()
+        )
+        self._pieces = token_pieces(prompter.tokenizer, text.vocab_size)
+        self._mask_thread = ThreadPoolExecutor(1, thread_name_prefix="pagemill-masks")
         self._next_id = 0
         self.num_steps = 0
+
+    def close(self) -> None:
+        """End the thread that computes token masks."""
+        self._mask_thread.shutdown()
 
     def tokenize(self, prompt: str | SequenceOf[int], images: SequenceOf[PreparedImage]) -> TokenizedPrompt:
         """Expand a prompt's image placeholders. Safe to call from any thread.
@@ -116,9 +152,17 @@ class EngineCore:
         )
 
     def add(
-        self, prompt: TokenizedPrompt, params: SamplingParams, max_new_tokens: int, priority: int = 0
+        self,
+        prompt: TokenizedPrompt,
+        params: SamplingParams,
+        max_new_tokens: int,
+        priority: int = 0,
+        page: PageTask | None = None,
     ) -> Sequence:
-        """Queue a request. Raises `RequestError` if its prompt is empty or too long for the context or the KV budget."""
+        """Queue a request; `page` marks it as a page.
+
+        Raises `RequestError` if its prompt is empty or too long for the context or the KV budget, or its guidance is none.
+        """
         if not isinstance(params, SamplingParams) or not isinstance(priority, int):
             raise RequestError("params should be SamplingParams and priority an integer")
         num_prompt = len(prompt.token_ids)
@@ -150,48 +194,209 @@ class EngineCore:
             params=params,
             max_tokens=min(num_prompt + (params.max_new_tokens or max_new_tokens), self.max_model_len, pool),
             stop_ids=frozenset() if params.ignore_eos else config.eos_token_ids,
-            sampling=SamplingState(params),
+            control=self._control(params, page),
             priority=priority,
+            page=page,
             timeline=Timeline(arrived=time.perf_counter()),
         )
         self._next_id += 1
+        self._append(seq, [] if seq.control.guide is None else seq.control.guide.forced())
         self.scheduler.add(seq)
         return seq
 
+    def check_guidance(self, params: SamplingParams) -> None:
+        """Raise `RequestError` for guidance that cannot be followed. Safe to call from any thread."""
+        if params.guidance not in ("auto", "off"):
+            self._guides.compile(params.guidance)  # type: ignore[arg-type]
+
+    def _control(self, params: SamplingParams, page: PageTask | None) -> Control:
+        guide = guard = drafter = None
+        if params.guidance not in ("auto", "off"):
+            guide = self._guides.start(self._guides.compile(params.guidance))  # type: ignore[arg-type]
+        if params.guard != "off" and not params.ignore_eos:
+            guard = LoopDetector(self._pieces, None if page is None else page.expected_tokens)
+        if params.drafts == "auto" and not params.stop:  # a stop string may end inside a draft
+            page = page or PageTask()
+            drafter = Drafter(
+                vocabulary=self._pieces,
+                texts=page.texts,
+                index=self.drafts,
+                document=page.document,
+                encode=self.prompter.encode_text,
+            )
+        return Control(params, guide=guide, guard=guard, drafter=drafter)
+
     def step(self) -> tuple[list[Sequence], list[Sequence]]:
-        """Run one step. Returns the sequences that got a token, and those of them (or others) that ended."""
+        """Run one step. Returns the sequences that got tokens, and those of them (or others) that ended."""
+        self._guess()
         plan = self.scheduler.schedule(time.perf_counter())
         if not plan.work and self.scheduler.has_work:
             raise AssertionError("live sequences, but nothing could be scheduled")
-        token_ids, logprobs = self.runner.execute(plan)
+        wanting = list(plan.wanting())
+        masks = self._start_masks(wanting)
+        started = time.perf_counter()
+        logits = self.runner.execute(plan)
+        mask = None if masks is None else torch.from_numpy(masks.result()).to(logits.device)
+        wants = [Want(seq.control.sampling, seq.token_ids, draft) for seq, draft in wanting]
+        token_ids, logprobs = sample(logits, wants, self.model.decoder.kernels.greedy, mask)
         self.num_steps += 1
         now = time.perf_counter()
-        advanced = [seq for seq, n in plan.work if seq.num_computed + n == len(seq.token_ids)]
-        finished = self.scheduler.update(plan, token_ids, logprobs, now)
-        for seq, logprob in zip(advanced, logprobs, strict=True):
-            if logprob != logprob or logprob == float("-inf"):
-                self._end(seq, "error", finished)
-            elif seq.params.stop and seq.finish_reason in (None, "length") and self._hit_stop_string(seq):
-                self._end(seq, "stop", finished)
-        for seq in finished:
-            seq.timeline.finished = now
-        return advanced, finished
+        if not plan.encode:
+            self.draft_budget.observe(sum(n for _, n in plan.work), now - started)
+        lengths = [len(seq.token_ids) for seq, _ in wanting]
+        reasons = dict(self.scheduler.update(plan, token_ids, logprobs, now))
+        finished: list[Sequence] = []
+        for (seq, draft), length, row in zip(wanting, lengths, logprobs, strict=True):
+            if not all(map(isfinite, row)):
+                seq.error = seq.error or _NOT_FINITE
+            reason = reasons.get(seq)
+            if seq.error is None:
+                try:
+                    reason = self._advance(seq, draft, length, reason)
+                except RequestError as error:
+                    seq.error = str(error)
+            if seq.error is not None:
+                reason = "error"
+            if reason is not None and (reason := self._settle(seq, reason)) is not None:
+                self.scheduler.finish(seq, reason)
+                seq.timeline.finished = now
+                finished.append(seq)
+        return [seq for seq, _ in wanting], finished
+
+    def _guess(self) -> None:
+        """Give sequences that decode as many draft tokens as pay at the present load."""
+        drafting: list[tuple[Sequence, Drafter]] = []
+        others = 0
+        for seq in self.scheduler.running:
+            behind = len(seq.token_ids) - seq.num_computed
+            if behind == 1 and seq.control.drafter is not None:
+                drafting.append((seq, seq.control.drafter))
+            else:
+                others += behind
+        if not drafting:
+            return
+        lengths = self.draft_budget.lengths(
+            [drafter.acceptance for _, drafter in drafting],
+            _MAX_DRAFT,
+            min(others, self.config.max_step_tokens),
+        )
+        for (seq, drafter), length in zip(drafting, lengths, strict=True):
+            room = seq.max_tokens - len(seq.token_ids) - 1
+            seq.draft = drafter.propose(min(length, room)) if length and room > 0 else []
+
+    def _start_masks(self, wanting: list[tuple[Sequence, list[int]]]) -> Future[npt.NDArray[np.int32]] | None:
+        """Begin to compute which tokens the rows of this step may give; None if nothing is restricted."""
+        if not any(seq.control.masked for seq, _ in wanting):
+            return None
+
+        def fill() -> npt.NDArray[np.int32]:
+            rows = sum(1 + len(draft) for _, draft in wanting)
+            masks = np.full((rows, self._guides.num_words), -1, dtype=np.int32)
+            first = 0
+            for seq, draft in wanting:
+                try:
+                    seq.control.fill_masks(seq.token_ids, draft, masks[first : first + 1 + len(draft)])
+                except PagemillError as error:  # a grammar beyond its limits costs its own sequence alone
+                    seq.error = str(error)
+                first += 1 + len(draft)
+            return masks
+
+        return self._mask_thread.submit(fill)
+
+    def _advance(
+        self, seq: Sequence, draft: list[int], length: int, reason: FinishReason | None
+    ) -> FinishReason | None:
+        """Take note of the tokens a sequence got beyond `length`; the reason, if it has come to its end."""
+        control, seq.draft = seq.control, []
+        new = seq.token_ids[length:]
+        if draft and control.drafter is not None:
+            accepted = min(len(new) - 1, len(draft))
+            control.num_drafted += len(draft)
+            control.num_accepted += accepted
+            control.drafter.feedback(len(draft), accepted)
+        loop = control.extend(new[:-1] if reason == "stop" else new)
+        if loop is not None:
+            # Before anything else: what follows a loop, even the end token, must not depend on how many tokens a step gives.
+            output = seq.output_ids
+            tokens = control.rescue(loop, output)
+            seq.num_discarded += loop.end - loop.start
+            self.scheduler.rollback(seq, seq.num_prompt + loop.start)
+            reason = "loop" if tokens is None else self._append(seq, tokens)
+        if reason is None and control.guide is not None:
+            reason = self._append(seq, control.guide.forced())
+        if seq.params.stop and reason in (None, "length") and self._hit_stop_string(seq):
+            reason = "stop"
+        if reason in ("length", "loop") and control.guide is not None:
+            seq.closing = control.guide.closing() or ""
+        return reason
+
+    def _append(self, seq: Sequence, token_ids: SequenceOf[int]) -> FinishReason | None:
+        """Append tokens that are not the model's choice; the reason, if they end the sequence."""
+        for i, token in enumerate(token_ids):
+            seq.token_ids.append(token)
+            seq.logprobs.append(nan)
+            ends = token in seq.stop_ids
+            if ends or len(seq.token_ids) >= seq.max_tokens:
+                seq.control.extend(token_ids[: i if ends else i + 1])
+                return "stop" if ends else "length"
+        seq.control.extend(token_ids)
+        return None
+
+    def _settle(self, seq: Sequence, reason: FinishReason) -> FinishReason | None:
+        """Judge a page that has come to its end; None if it ended badly and is generated once more.
+
+        The new attempt is rolled back to the prompt, whose keys and values are still there, so it costs only output tokens. After
+        the last attempt the best one becomes the sequence's; the reason returned is its own.
+        """
+        if seq.page is None or reason == "error":
+            return reason
+        attempt = self._attempt(seq, reason)
+        seq.attempts.append(attempt)
+        if attempt.ended_badly and len(seq.attempts) <= seq.params.max_retries:
+            seq.num_discarded += len(attempt.token_ids)
+            self.scheduler.rollback(seq, seq.num_prompt)
+            seq.closing = ""
+            seq.control.restart(
+                replace(seq.params, temperature=_RETRY_TEMPERATURE, seed=seq.params.seed or 0)
+            )
+            if seq.control.guide is not None:
+                self._append(seq, seq.control.guide.forced())
+            return None
+        seq.best = best_attempt([attempt.verdict for attempt in seq.attempts])
+        best = seq.attempts[seq.best]
+        if best is not attempt:
+            seq.num_discarded += len(attempt.token_ids) - len(best.token_ids)
+            seq.token_ids[seq.num_prompt :] = best.token_ids
+            seq.logprobs[:] = best.logprobs
+            seq.closing = best.closing
+        return best.verdict.finish_reason
+
+    def _attempt(self, seq: Sequence, reason: FinishReason) -> FinishedAttempt:
+        assert seq.page is not None
+        output, raw = seq.output_ids, self.text_of(seq)
+        num_chars = num_printed(parse_page(raw))
+        verdict = Attempt(
+            raw,
+            reason,
+            valid=seq.params.guidance != "page" or is_json_object(raw),
+            loops=len(seq.control.events) - sum(attempt.verdict.loops for attempt in seq.attempts),
+            confidence=confidence([self._pieces[token] for token in output], seq.logprobs),
+            mismatch=text_mismatch(num_chars, seq.page.num_glyphs, seq.page.num_rule_glyphs),
+        )
+        degenerate = is_degenerate(self.prompter.decode(output), reason)
+        return FinishedAttempt(output, list(seq.logprobs), seq.closing, degenerate, verdict)
 
     def cancel(self, seq: Sequence) -> None:
         """End a sequence early; its blocks are free at once."""
         self.scheduler.cancel(seq)
 
     def text_of(self, seq: Sequence) -> str:
-        """The sequence's output as text, cut before the first stop string."""
+        """The sequence's output as text, cut before the first stop string, or completed where the grammar asks for more."""
         text = self.prompter.decode(seq.output_ids)
+        if seq.closing:
+            text = text.rstrip("\ufffd") + seq.closing  # a character that was cut
         cuts = [at for stop in seq.params.stop if (at := text.find(stop)) >= 0]
         return text[: min(cuts)] if cuts else text
-
-    def _end(self, seq: Sequence, reason: FinishReason, finished: list[Sequence]) -> None:
-        if seq.finish_reason is None:
-            self.scheduler.finish(seq, reason)
-            finished.append(seq)
-        seq.finish_reason = reason
 
     def _hit_stop_string(self, seq: Sequence) -> bool:
         # A character takes at most four byte-level tokens, so a stop string that has just ended lies in this tail.

@@ -13,11 +13,12 @@ import queue
 import threading
 import time
 import weakref
+from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Container, Iterator
 from collections.abc import Sequence as SequenceOf
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -28,20 +29,28 @@ import torch
 from pagemill import kernels
 from pagemill.config import EngineConfig
 from pagemill.core import EngineCore, TokenizedPrompt
-from pagemill.decode.page import is_degenerate, parse_page
+from pagemill.decode.drafts import draft_text_tokens
+from pagemill.decode.guidance import PageFormat
+from pagemill.decode.page import parse_page
 from pagemill.decode.sampler import SamplingParams
+from pagemill.decode.verdict import Confidence
 from pagemill.errors import CheckpointError, ConfigError, PagemillError, RequestError
 from pagemill.model.config import read_config
 from pagemill.model.loader import find_checkpoint, load_model
-from pagemill.model.prompt import Prompter, page_messages, read_profile
+from pagemill.model.prompt import Profile, Prompter, page_messages, read_profile
+from pagemill.pages.fit import FitOptions, Resolution, fit_page
+from pagemill.pages.ink import plausible_output_chars
 from pagemill.pages.preprocess import ImageProcessor, PreparedImage
-from pagemill.pages.source import PageRef, expand_inputs, list_pages, load_page
+from pagemill.pages.source import PageRef, expand_inputs, list_pages, load_page, page_text
 from pagemill.results import PageResult, RequestOutput, Seconds, TokenCounts
-from pagemill.sequence import Sequence
+from pagemill.sequence import PageTask, Sequence
 
 T = TypeVar("T")
 _Task = Callable[[Callable[[T], None]], None]
 """Starts something and sees to it that the callable it is given gets exactly one result."""
+
+_MAX_ANSWERS = 4096  # finished pages of a call that later duplicates can be answered with: some 20 MB
+_JSON_TOKENS = 64  # a page's keys and punctuation, generously
 
 _open_engines: weakref.WeakSet[Engine] = weakref.WeakSet()
 
@@ -71,12 +80,57 @@ class Request:
     request_id: str = ""
 
 
+@dataclass(frozen=True)
+class _PageOptions:
+    """How the pages of one call are read."""
+
+    params: SamplingParams
+    dpi: float
+    fit: FitOptions
+    draft_text: Callable[[npt.NDArray[np.uint8]], str] | None = None
+
+
+class _Twins:
+    """Pages of one call by their content, so that an exact duplicate waits for the first one's answer."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._answers: OrderedDict[bytes, PageResult] = OrderedDict()
+        self._followers: dict[bytes, list[Callable[[PageResult | None], None]]] = {}
+
+    def join(self, content: bytes, follow: Callable[[PageResult | None], None]) -> bool:
+        """False for the first page of this content, which has to `settle`. Else `follow` gets its answer, None if it failed."""
+        with self._lock:
+            if (answer := self._answers.get(content)) is None:
+                followers = self._followers.get(content)
+                if followers is None:
+                    self._followers[content] = []
+                    return False
+                followers.append(follow)
+                return True
+        follow(answer)
+        return True
+
+    def settle(self, content: bytes, answer: PageResult) -> None:
+        """Tell those who wait for this content's answer, and remember it for a while."""
+        good = answer.status != "error"
+        with self._lock:
+            if good:
+                self._answers[content] = answer
+                if len(self._answers) > _MAX_ANSWERS:
+                    self._answers.popitem(last=False)
+            followers = self._followers.pop(content)
+        for follow in followers:
+            follow(answer if good else None)
+
+
 @dataclass(eq=False)
 class _Call:
     """One caller's requests, so that they can be cancelled together."""
 
     cancelled: bool = False
     live: set[Sequence] = field(default_factory=set)
+    twins: _Twins = field(default_factory=_Twins)
 
 
 @dataclass(eq=False)
@@ -102,12 +156,12 @@ class Engine:
         *,
         model: str,
         page_prompt: str,
-        dpi: float,
-        max_new_tokens: int,
+        profile: Profile,
         load_seconds: float,
     ) -> None:
         self.core, self.processor, self.model = core, processor, model
-        self.page_prompt, self.dpi, self.max_new_tokens = page_prompt, dpi, max_new_tokens
+        self.page_prompt, self.profile = page_prompt, profile
+        self.dpi, self.max_new_tokens = profile.dpi, profile.max_new_tokens
         self.load_seconds = load_seconds
         self._pool = ThreadPoolExecutor(core.config.prepare_threads, thread_name_prefix="pagemill-prepare")
         self._tickets: dict[Sequence, _Ticket] = {}
@@ -150,13 +204,19 @@ class Engine:
                     f"{folder}: config.json has {name_in_both} {ours}, the image settings have {theirs}"
                 )
         model = load_model(folder, model_config, kernels.select(config.kernels, device, dtype), device, dtype)
+        page_format = PageFormat(
+            profile.keys,
+            profile.key_order,
+            profile.optional_keys,
+            profile.item_separator,
+            profile.key_separator,
+        )
         return cls(
-            EngineCore(model, prompter, config, dtype),
+            EngineCore(model, prompter, config, dtype, page_format),
             processor,
             model=name,
             page_prompt=page_prompt,
-            dpi=profile.dpi,
-            max_new_tokens=profile.max_new_tokens,
+            profile=profile,
             load_seconds=time.perf_counter() - started,
         )
 
@@ -166,22 +226,33 @@ class Engine:
         *,
         params: SamplingParams | None = None,
         dpi: float | None = None,
+        resolution: Resolution = "auto",
+        crop: bool = False,
+        draft_text: Callable[[npt.NDArray[np.uint8]], str] | None = None,
         skip: Container[tuple[str, int]] = (),
     ) -> Iterator[PageResult]:
         """Read the pages of image files, PDFs, folders and globs, lazily, yielding each as it is finished.
 
-        A page in `skip`, as (source, page), is not read. A file or page that cannot be read gives a result with status
-        "error" and never stops the others. Leaving the iterator early cancels what is still running.
+        `dpi` is what PDF pages are rendered at where `resolution` does not say otherwise; `resolution` and `crop` are those of
+        `pagemill.pages.fit`. `draft_text` guesses a page's text from its RGB pixels, as a classical OCR engine does: it only
+        makes the page faster. A page in `skip`, as (source, page), is not read. Blank pages and exact duplicates of a page
+        of this call are answered without the model. A file or page that cannot be read gives a result with status "error"
+        and never stops the others. Leaving the iterator early cancels what is still running.
         """
         given = [os.fspath(i) for i in ([inputs] if isinstance(inputs, str | os.PathLike) else inputs)]
-        params, dpi, call = params or SamplingParams(), dpi or self.dpi, _Call()
+        params, call = params or SamplingParams(), _Call()
+        if params.guidance == "auto":
+            params = replace(params, guidance="page" if self.profile.page_json else "off")
+        self.core.check_guidance(params)
+        fit = FitOptions(resolution, crop, self.profile.text_height)
+        options = _PageOptions(params, dpi or self.dpi, fit, draft_text)
 
         def tasks() -> Iterator[_Task[PageResult]]:
             for page in self._pages(given, skip):
                 if isinstance(page, PageResult):
                     yield partial(_deliver, page)
                 else:
-                    yield partial(self._start, self._read_page, page, params, dpi, call)
+                    yield partial(self._start, self._read_page, page, options, call)
 
         try:
             yield from self._flow(tasks())
@@ -282,6 +353,7 @@ class Engine:
             self._closed = True
             self._wake.notify()
         self._thread.join()
+        self.core.close()
         self._pool.shutdown()  # what is queued there finds the engine closed and says so
 
     def __enter__(self) -> Engine:
@@ -338,37 +410,99 @@ class Engine:
     def _read_page(
         self,
         ref: PageRef,
-        params: SamplingParams,
-        dpi: float,
+        options: _PageOptions,
         call: _Call,
         deliver: Callable[[PageResult], None],
+        alone: bool = False,
     ) -> None:
-        """Prepare one page and queue it; whatever happens, exactly one result is delivered."""
+        """Prepare one page and queue it; whatever happens, exactly one result is delivered. `alone` looks for no duplicate."""
         started = time.perf_counter()
         prepare = 0.0
+        leads: bytes | None = None
+        """Content that others may wait for."""
+
+        def finish(result: PageResult) -> None:
+            if leads is not None:
+                call.twins.settle(leads, result)
+            deliver(result)
 
         def on_end(seq: Sequence | None, error: str | None) -> None:
-            if seq is None or error is not None:
-                deliver(self._failed_page(ref.source, ref.page, error or "cancelled", prepare))
+            if seq is None or error is not None or seq.finish_reason == "cancelled":
+                finish(self._failed_page(ref.source, ref.page, error or "cancelled", prepare))
             else:
-                deliver(self._page_result(ref, seq, prepare))
+                finish(self._page_result(ref, seq, prepare))
+
+        def follow(first: PageResult | None) -> None:
+            if first is None:
+                self._start(self._read_page, ref, options, call, deliver, True)
+                return
+            same = f"duplicate of {first.source} page {first.page}"
+            deliver(
+                replace(
+                    first,
+                    source=ref.source,
+                    page=ref.page,
+                    tokens=TokenCounts(),
+                    seconds=Seconds(prepare=prepare),
+                    loops=[],
+                    drafts=(0, 0),
+                    attempts=0,
+                    shortcut=same,
+                )
+            )
 
         try:
             self._check_open(call)
-            prompt = self.core.tokenize(self.page_prompt, [self.processor.prepare(load_page(ref, dpi))])
+            image, ink = fit_page(ref, options.dpi, options.fit, self.processor)
             prepare = time.perf_counter() - started
-            self._submit(prompt, params, 0, _Ticket(call, on_end))
+            if ink.blank:
+                deliver(
+                    PageResult(
+                        ref.source,
+                        ref.page,
+                        "ok",
+                        seconds=Seconds(prepare=prepare),
+                        model=self.model,
+                        attempts=0,
+                        shortcut="blank",
+                    )
+                )
+                return
+            if not alone:
+                if call.twins.join(image.content_hash, follow):
+                    return
+                leads = image.content_hash
+            prompt = self.core.tokenize(self.page_prompt, [image])
+            # A character takes at least a token only where nothing is learned of the language: a bound, not an estimate.
+            bound = min(self.max_new_tokens, plausible_output_chars(ink) + _JSON_TOKENS)
+            task = PageTask(
+                ref.source, self._draft_texts(ref, options), ink.num_glyphs, ink.num_rule_glyphs, bound
+            )
+            prepare = time.perf_counter() - started
+            self._submit(prompt, options.params, 0, _Ticket(call, on_end), bound, task)
         except Exception as error:  # one page's surprise must not cost another page
             on_end(None, _sentence(error))
+
+    def _draft_texts(self, ref: PageRef, options: _PageOptions) -> list[list[int]]:
+        """Guesses of the page's text as tokens: its text layer, and what the caller's own engine reads."""
+        if options.params.drafts == "off":
+            return []
+        texts = [page_text(ref)]
+        if options.draft_text is not None:
+            texts.append(options.draft_text(load_page(ref, options.dpi)))
+        return [draft_text_tokens(text, self.core.prompter.encode_text) for text in texts if text]
 
     def _page_result(self, ref: PageRef, seq: Sequence, prepare: float) -> PageResult:
         raw = self.core.text_of(seq)
         reason = seq.finish_reason or "error"
         fields = parse_page(raw)
+        attempt, control = seq.attempts[seq.best], seq.control
+        if not attempt.degenerate:
+            self.core.drafts.add(ref.source, seq.output_ids)
         return PageResult(
             source=ref.source,
             page=ref.page,
-            status="degenerate" if is_degenerate(raw, reason) else "ok",
+            status="degenerate" if attempt.degenerate else "ok",
             header=fields.header,
             margin=fields.margin,
             footer=fields.footer,
@@ -377,6 +511,11 @@ class Engine:
             tokens=_tokens(seq),
             seconds=_seconds(seq, prepare),
             model=self.model,
+            confidence=_rounded(attempt.verdict.confidence),
+            mismatch=attempt.verdict.mismatch,
+            loops=control.events,
+            drafts=(control.num_drafted, control.num_accepted),
+            attempts=len(seq.attempts),
             raw=raw,
         )
 
@@ -449,12 +588,18 @@ class Engine:
         command()  # the thread is gone and touches nothing any more: submissions are refused, cancellations are void
 
     def _submit(
-        self, prompt: TokenizedPrompt, params: SamplingParams, priority: int, ticket: _Ticket
+        self,
+        prompt: TokenizedPrompt,
+        params: SamplingParams,
+        priority: int,
+        ticket: _Ticket,
+        max_new_tokens: int | None = None,
+        page: PageTask | None = None,
     ) -> None:
         def command() -> None:
             try:
                 self._check_open(ticket.call)
-                seq = self.core.add(prompt, params, self.max_new_tokens, priority)
+                seq = self.core.add(prompt, params, max_new_tokens or self.max_new_tokens, priority, page)
             except Exception as error:  # one request's surprise must not cost another
                 ticket.on_end(None, _sentence(error))
                 return
@@ -478,11 +623,7 @@ class Engine:
         if ticket is None:
             return
         ticket.call.live.discard(seq)
-        if error is None and seq.finish_reason == "error":
-            error = (
-                "the model computed values that are not finite numbers; try float32, or check the checkpoint"
-            )
-        ticket.on_end(seq, error)
+        ticket.on_end(seq, error or seq.error)
 
     def _run(self) -> None:
         if all(kind.startswith("native") for kind in self.core.model.decoder.kernels.describe().values()):
@@ -545,7 +686,8 @@ def _sentence(error: Exception) -> str:
 
 
 def _tokens(seq: Sequence) -> TokenCounts:
-    return TokenCounts(seq.num_image_tokens, seq.num_prompt, len(seq.token_ids) - seq.num_prompt)
+    num_output = len(seq.token_ids) - seq.num_prompt
+    return TokenCounts(seq.num_image_tokens, seq.num_prompt, num_output, seq.num_discarded)
 
 
 def _seconds(seq: Sequence, prepare: float) -> Seconds:
@@ -560,6 +702,14 @@ def _seconds(seq: Sequence, prepare: float) -> Seconds:
         prefill=max(first - scheduled - t.vision, 0.0),
         decode=end - first,
     )
+
+
+def _rounded(confidence: Confidence) -> dict[str, Any]:
+    def brief(value: float | None) -> float | None:
+        return None if value is None else round(value, 4)
+
+    fields = {name: brief(value) for name, value in confidence.fields.items()}
+    return {"mean": brief(confidence.mean), "worst": brief(confidence.worst), "fields": fields}
 
 
 def _device(name: str) -> torch.device:

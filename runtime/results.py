@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 Status = Literal["ok", "degenerate", "error"]
@@ -12,11 +12,14 @@ FinishReason = Literal["stop", "length", "loop", "cancelled", "error"]
 
 @dataclass(slots=True)
 class TokenCounts:
-    """Tokens of one page: `image` placeholders, whole `prompt` (image included), `output`."""
+    """Tokens of one page: `image` placeholders, whole `prompt` (image included), `output`, and those that were generated and
+    thrown away again (loops, attempts that were not taken).
+    """
 
     image: int = 0
     prompt: int = 0
     output: int = 0
+    discarded: int = 0
 
 
 @dataclass(slots=True)
@@ -36,6 +39,23 @@ class Seconds:
 
 
 @dataclass(slots=True)
+class LoopEvent:
+    """A repetition that the guard found, and what it did about it."""
+
+    kind: str
+    """run (one token), period (a body of tokens) or counter (a body whose numbers count)"""
+    at: int
+    """Output tokens kept: the second repetition began here."""
+    period: int
+    """Tokens of one repetition."""
+    repeats: int
+    tokens: int
+    """Output tokens thrown away."""
+    action: Literal["ban", "close", "end"]
+    """The continuation was banned, the string was closed, or the page was ended."""
+
+
+@dataclass(slots=True)
 class PageResult:
     """One page's record; `to_json` writes the keys in this order."""
 
@@ -51,6 +71,18 @@ class PageResult:
     seconds: Seconds = field(default_factory=Seconds)
     model: str = ""
     error: str | None = None
+    confidence: dict[str, Any] | None = None
+    """`mean` and `worst` token probability (`pagemill.decode.verdict.Confidence`) and the mean of each field, in `fields`."""
+    mismatch: Literal["little", "much"] | None = None
+    """Little text for the page's ink, or much."""
+    loops: list[LoopEvent] = field(default_factory=list)
+    """Repetitions that the guard found, in every attempt."""
+    drafts: tuple[int, int] = (0, 0)
+    """Draft tokens verified, and accepted."""
+    attempts: int = 1
+    """Times the page was generated; 0 where the model was not asked."""
+    shortcut: str | None = None
+    """Why the model was not asked: `blank`, or the page that this one is an exact duplicate of."""
     raw: str = field(default="", repr=False)
     """The model's output before parsing; not part of the record."""
 
@@ -69,6 +101,7 @@ class PageResult:
                 "image": self.tokens.image,
                 "prompt": self.tokens.prompt,
                 "output": self.tokens.output,
+                "discarded": self.tokens.discarded,
             },
             "seconds": {
                 "queued": round(self.seconds.queued, 4),
@@ -79,6 +112,12 @@ class PageResult:
             },
             "model": self.model,
             "error": self.error,
+            "confidence": self.confidence,
+            "mismatch": self.mismatch,
+            "loops": [asdict(event) for event in self.loops],
+            "drafts": {"proposed": self.drafts[0], "accepted": self.drafts[1]},
+            "attempts": self.attempts,
+            "shortcut": self.shortcut,
         }
 
     def to_json(self) -> str:

@@ -1,4 +1,4 @@
-"""Executes a step plan: encodes its images, lays the batch out as flat arrays, calls the model, samples."""
+"""Executes a step plan: encodes its images, lays the batch out as flat arrays, calls the model."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from pagemill.cache import ImageCache
-from pagemill.decode.sampler import sample
 from pagemill.errors import ConfigError
 from pagemill.kernels import kv_cache_shapes
 from pagemill.model.decoder import RaggedBatch
@@ -63,23 +62,18 @@ class Runner:
             raise ConfigError(f"a KV cache of {num_blocks} blocks cannot be allocated: {reason}") from None
         self._block_tables = np.zeros((max_num_seqs, -(-max_model_len // block_size)), dtype=np.int32)
 
-    def execute(self, plan: StepPlan) -> tuple[list[int], list[float]]:
-        """Run one step. Returns a token and its log-probability for each sequence whose last token was computed."""
+    def execute(self, plan: StepPlan) -> Tensor:
+        """Run one step. Returns logits float32 `[R, V]`: for each of `plan.wanting()` a row after its last token, and one
+        after each token of its draft.
+        """
         self._encode(plan.encode)
         for source, destination in plan.copies:
             for keys, values in self.kv_cache:
                 keys[destination] = keys[source]
                 values[destination] = values[source]
         if not plan.work:
-            return [], []
-        batch, wanting = self._lay_out(plan)
-        logits = self.model.decoder(batch, self.kv_cache)
-        return sample(
-            logits,
-            [seq.sampling for seq in wanting],
-            [seq.token_ids for seq in wanting],
-            self.model.decoder.kernels.greedy,
-        )
+            return torch.empty(0, self.model.config.text.vocab_size)
+        return self.model.decoder(self._lay_out(plan), self.kv_cache)
 
     def _encode(self, encode: list[tuple[Sequence, SequenceImage]]) -> None:
         if not encode:
@@ -92,7 +86,7 @@ class Runner:
             self.images.put(image.digest, embedding)
             seq.timeline.vision += seconds * len(image.patches) / patches
 
-    def _lay_out(self, plan: StepPlan) -> tuple[RaggedBatch, list[Sequence]]:
+    def _lay_out(self, plan: StepPlan) -> RaggedBatch:
         """Flatten the plan's work. Per-token arrays are built from per-sequence ones without a Python loop over tokens."""
         work, block_size = plan.work, self.block_size
         counts = np.fromiter((n for _, n in work), dtype=np.int64, count=len(work))
@@ -104,7 +98,6 @@ class Runner:
 
         token_ids: list[int] = []
         logit_rows: list[int] = []
-        wanting: list[Sequence] = []
         prefills: list[tuple[int, Sequence, int]] = []
         for first, (seq, n) in zip(query_start.tolist(), work, strict=False):
             start, total = seq.num_computed, len(seq.token_ids)
@@ -112,9 +105,10 @@ class Runner:
                 token_ids.append(seq.token_ids[start])
             else:
                 token_ids += seq.token_ids[start : start + n]
-            if start + n == total:
-                logit_rows.append(first + n - 1)
-                wanting.append(seq)
+                if start + n > total:
+                    token_ids += seq.draft[: start + n - total]
+            if start + n >= total:
+                logit_rows += range(first + total - 1 - start, first + n)
             if start < seq.num_prompt:
                 prefills.append((first, seq, n))
             if seq.num_synced != len(seq.block_table):
@@ -153,4 +147,4 @@ class Runner:
             logit_rows=torch.tensor(logit_rows, dtype=torch.int64, device=device),
             image_rows=torch.from_numpy(np.concatenate(image_rows)).to(device) if image_rows else None,
             image_embeds=torch.cat(image_embeds) if image_embeds else None,
-        ), wanting
+        )

@@ -10,12 +10,13 @@ gives its blocks back and is computed again later (most of its blocks are usuall
 from __future__ import annotations
 
 from bisect import insort
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
 from operator import attrgetter
 from typing import Any
 
-from pagemill.cache import BlockPool, ImageCache
+from pagemill.cache import BlockPool, ImageCache, OutOfBlocks
 from pagemill.results import FinishReason
 from pagemill.sequence import Sequence, SequenceImage
 
@@ -29,7 +30,14 @@ class StepPlan:
     """(source, destination) block ids"""
     work: list[tuple[Sequence, int]]
     """Sequences with the number of tokens each computes, from its `num_computed` on. Those whose last token is among
-    them get a new one."""
+    them get a new one; tokens beyond it are its draft's."""
+
+    def wanting(self) -> Iterator[tuple[Sequence, list[int]]]:
+        """The sequences that get new tokens, each with the part of its draft that is computed."""
+        for seq, n in self.work:
+            drafted = seq.num_computed + n - len(seq.token_ids)
+            if drafted >= 0:
+                yield seq, seq.draft[:drafted]
 
 
 @dataclass(slots=True)
@@ -134,6 +142,12 @@ class Scheduler:
                     step.tokens -= 1
                 else:
                     self._place(seq, 1, step)
+        for seq, n in list(work.values()):
+            if seq.draft:  # only into room that is free: a guess takes nothing from anybody
+                room = (len(seq.block_table) + self.blocks.num_free) * block_size - seq.num_computed - n
+                if (drafted := min(len(seq.draft), step.tokens, room)) > 0:
+                    step.tokens += n
+                    self._place(seq, n + drafted, step)
         for seq in behind:
             if seq.row >= 0 and step.tokens:
                 self._place_chunk(seq, step)
@@ -146,17 +160,37 @@ class Scheduler:
         return StepPlan(encode, copies, list(work.values()))
 
     def update(
-        self, plan: StepPlan, token_ids: list[int], logprobs: list[float], now: float = 0.0
-    ) -> list[Sequence]:
-        """Take a step's tokens: one for each sequence of `plan.work` whose last token was computed, in that order.
+        self, plan: StepPlan, token_ids: list[list[int]], logprobs: list[list[float]], now: float = 0.0
+    ) -> list[tuple[Sequence, FinishReason]]:
+        """Take a step's tokens: one or more for each sequence of `plan.wanting()`, in that order.
 
-        Returns the sequences that ended, already released.
+        All but the last of a sequence's new tokens are its draft's, whose keys and values are right. Returns the sequences
+        that have come to their end and why; `finish` releases them.
         """
-        finished: list[Sequence] = []
+        ended: list[tuple[Sequence, FinishReason]] = []
         block_size = self.blocks.block_size
         i = 0
         for seq, n in plan.work:
-            computed = seq.num_computed = seq.num_computed + n
+            total = len(seq.token_ids)
+            computed = seq.num_computed + n
+            if computed >= total:
+                new, new_logprobs = token_ids[i], logprobs[i]
+                i += 1
+                end = next((at for at, token in enumerate(new, 1) if token in seq.stop_ids), 0)
+                room = seq.max_tokens - total
+                if end and end <= room:
+                    ended.append((seq, "stop"))
+                elif len(new) >= room:
+                    end = room
+                    ended.append((seq, "length"))
+                else:
+                    end = len(new)
+                seq.token_ids += new[:end]
+                seq.logprobs += new_logprobs[:end]
+                computed = total + end - 1
+                if seq.timeline.first_token is None:
+                    seq.timeline.first_token = now
+            seq.num_computed = computed
             if computed // block_size > seq.num_published:
                 self._publish(seq)
             if n > 1 or computed <= seq.num_prompt:
@@ -164,24 +198,9 @@ class Scheduler:
                 for image in seq.images:
                     if image.digest not in needed:
                         self.images.release(image.digest, seq.id)
-            if computed < len(seq.token_ids):
-                continue
-            token = token_ids[i]
-            seq.token_ids.append(token)
-            if seq.params.logprobs:
-                seq.logprobs.append(logprobs[i])
-            i += 1
-            if computed < seq.num_prompt + 1 and seq.timeline.first_token is None:
-                seq.timeline.first_token = now
-            if token in seq.stop_ids:
-                self.finish(seq, "stop")
-                finished.append(seq)
-            elif computed + 1 >= seq.max_tokens:
-                self.finish(seq, "length")
-                finished.append(seq)
         if i != len(token_ids):
-            raise AssertionError(f"{len(token_ids)} tokens for {i} sequences")
-        return finished
+            raise AssertionError(f"tokens of {len(token_ids)} sequences for {i}")
+        return ended
 
     def finish(self, seq: Sequence, reason: FinishReason) -> None:
         """End a running sequence and release all it holds, between steps."""
@@ -201,7 +220,13 @@ class Scheduler:
         del seq.block_digests[full:]
         seq.num_published = min(seq.num_published, full)
         seq.num_synced = min(seq.num_synced, full)
-        self.blocks.truncate(seq.block_table, seq.num_computed)
+        try:
+            self.blocks.truncate(seq.block_table, seq.num_computed)
+        except (
+            OutOfBlocks
+        ):  # the block at the cut is shared and there is none to copy it to: it is computed again
+            seq.num_computed = full * self.blocks.block_size
+            self.blocks.truncate(seq.block_table, seq.num_computed)
 
     def check(self) -> None:
         """Raise `AssertionError` unless every block, row and image hold is explained by a live sequence."""

@@ -10,7 +10,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from pagemill.decode.sampler import SamplingParams, SamplingState
+from pagemill.decode.control import Control
+from pagemill.decode.sampler import SamplingParams
+from pagemill.decode.verdict import Attempt
 from pagemill.model.rope import Grid
 from pagemill.results import FinishReason
 
@@ -46,6 +48,38 @@ class Timeline:
     """Seconds of image encoding attributed to this sequence."""
 
 
+@dataclass(slots=True)
+class FinishedAttempt:
+    """One way a page came out, kept until it is known which to take."""
+
+    token_ids: list[int]
+    logprobs: list[float]
+    closing: str
+    degenerate: bool
+    verdict: Attempt
+
+    @property
+    def ended_badly(self) -> bool:
+        """Whether another attempt is worth its tokens; one that the cap cut would only be cut again."""
+        v = self.verdict
+        return self.degenerate or (v.finish_reason == "stop" and (not v.valid or v.mismatch is not None))
+
+
+@dataclass(slots=True)
+class PageTask:
+    """What is known of a page beyond its picture."""
+
+    document: str = ""
+    """The file it is a page of: pages of one document lend each other drafts."""
+    texts: list[list[int]] = field(default_factory=list)
+    """Guesses of the whole output, as token ids."""
+    num_glyphs: int | None = None
+    """Estimated characters on the page, and those that its rules might be."""
+    num_rule_glyphs: int = 0
+    expected_tokens: int | None = None
+    """A bound of the output that is plausible for the page."""
+
+
 @dataclass(slots=True, eq=False)
 class Sequence:
     """State of one request. Lengths come from `token_ids` and `num_computed`, nothing is stored twice."""
@@ -63,9 +97,12 @@ class Sequence:
     max_tokens: int
     """Most tokens, prompt included, that the sequence may reach."""
     stop_ids: frozenset[int]
-    sampling: SamplingState
+    control: Control
+    """What steers its tokens: random stream, guidance, loop guard, drafts."""
     priority: int = 0
     """Lower runs first; equal priorities run first come, first served."""
+    draft: list[int] = field(default_factory=list)
+    """Guesses of the next tokens, for the coming step to verify."""
     num_computed: int = 0
     """Tokens whose keys and values lie in the cache."""
     block_table: list[int] = field(default_factory=list)
@@ -79,8 +116,19 @@ class Sequence:
     num_synced: int = 0
     """Leading blocks of the table that the runner's row holds."""
     num_preemptions: int = 0
+    page: PageTask | None = None
+    closing: str = ""
+    """Text that completes an output which was cut."""
+    attempts: list[FinishedAttempt] = field(default_factory=list)
+    best: int = 0
+    """Index of the attempt that was taken."""
+    num_discarded: int = 0
+    """Output tokens generated and thrown away again: loops, attempts that were not taken."""
     finish_reason: FinishReason | None = None
+    error: str | None = None
+    """One sentence, where the finish reason is "error"."""
     logprobs: list[float] = field(default_factory=list)
+    """Of each output token, natural; NaN where the grammar left no choice and the model was not asked."""
     timeline: Timeline = field(default_factory=Timeline)
 
     @property

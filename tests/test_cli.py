@@ -48,6 +48,7 @@ def test_records_go_to_standard_output(folder: Path) -> None:
     assert list(records[0]) == [
         *("source", "page", "status", "header", "margin", "footer", "text"),
         *("finish_reason", "tokens", "seconds", "model", "error"),
+        *("confidence", "mismatch", "loops", "drafts", "attempts", "shortcut"),
     ]
     assert err.startswith("3 pages: 3 ok, 0 degenerate, 0 failed · ")
     assert err.endswith("→ standard output\n")

@@ -55,7 +55,7 @@ def test_every_sample_page_reads_as_transformers_does(engine):
     expected = reference()
     files = sorted(expected)
     seen = set()
-    for page in engine.read(files):
+    for page in engine.read(files, params=SamplingParams(guidance="off", max_retries=0)):
         row = expected[page.source]
         assert page.status in ("ok", "degenerate"), page.error
         assert page.raw == row["text"], page.source
@@ -150,15 +150,29 @@ sys.exit(3)
     assert "terminate" not in done.stderr
 
 
-def test_a_one_pixel_page_is_read_like_any_other(engine, tmp_path):
-    Image.new("RGB", (1, 1), "white").save(tmp_path / "dot.png")
-    (page,) = engine.read(str(tmp_path / "dot.png"), params=SamplingParams(max_new_tokens=5))
-    assert page.status == "ok"
-    assert page.tokens.image == 16, "enlarged to min_pixels"
+def test_a_page_without_print_is_answered_without_the_model(engine, tmp_path):
+    for size in ((1, 1), (448, 672)):
+        Image.new("RGB", size, "white").save(tmp_path / "blank.png")
+        steps = engine.core.num_steps
+        (page,) = engine.read(str(tmp_path / "blank.png"))
+        assert (page.status, page.shortcut, page.attempts) == ("ok", "blank", 0)
+        assert (page.text, page.header, page.tokens.output) == (None, None, 0)
+        assert engine.core.num_steps == steps
+
+
+def test_a_one_pixel_image_is_read_like_any_other(engine):
+    dot = np.full((1, 1, 3), 255, np.uint8)
+    (output,) = engine.generate(
+        [Request([{"role": "user", "content": [{"type": "image"}]}], images=[dot])],
+        SamplingParams(max_new_tokens=5),
+    )
+    assert output.error is None
+    assert output.tokens.image == 16, "enlarged to min_pixels"
 
 
 def test_a_page_too_large_for_the_context_is_one_record(tmp_path):
-    Image.new("RGB", (1000, 1000), "white").save(tmp_path / "large.png")
+    small = Image.open(PAGES / "prose_00.png")
+    small.resize((1000, 1000)).save(tmp_path / "large.png")
     good = sorted(reference())[0]
     with Engine.from_pretrained("pagemill-tiny", max_model_len=1000) as engine:
         results = {

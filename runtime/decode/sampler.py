@@ -6,13 +6,15 @@ penalty, temperature, top-k, top-p. A draw uses the request's own random stream,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from pagemill.decode.guidance import Regex
 from pagemill.errors import ConfigError
 
 
@@ -38,12 +40,23 @@ class SamplingParams:
     """Go on after the end token, to max_new_tokens (for measurements)."""
     logprobs: bool = False
     """Report the log-probability of each output token."""
+    guidance: str | Mapping[str, Any] | Regex = "auto"
+    """What the output conforms to: "page" (the model's page JSON), a JSON schema, a `Regex`, or "off"; "auto" is "page" when
+    `Engine.read` asks a model that writes such pages, else "off"."""
+    guard: Literal["rescue", "stop", "off"] = "rescue"
+    """What happens to a repetition loop: rolled back and suppressed, ended, or nothing (as with `ignore_eos`)."""
+    max_rescues: int = 2
+    """Loops of one output that are rescued; the next one ends it."""
+    max_retries: int = 1
+    """Times that a page which ended badly is generated again from its prompt's cache; pages only."""
+    drafts: Literal["auto", "off"] = "auto"
+    """Whether guessed tokens are verified several at a time; the output is the same."""
 
     def __post_init__(self) -> None:
         def refuse(name: str, should: str) -> None:
             raise ConfigError(f"SamplingParams: {name} should be {should}, got {getattr(self, name)!r}")
 
-        for name in ("max_new_tokens", "top_k", "seed"):
+        for name in ("max_new_tokens", "top_k", "seed", "max_rescues", "max_retries"):
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
                 refuse(name, "an integer")
@@ -62,6 +75,18 @@ class SamplingParams:
             refuse("repetition_penalty", "a positive number")
         if self.seed is not None and self.seed < 0:
             refuse("seed", "None or a non-negative integer")
+        for name in ("max_rescues", "max_retries"):
+            if getattr(self, name) < 0:
+                refuse(name, "zero or a positive count")
+        if self.guard not in ("rescue", "stop", "off"):
+            refuse("guard", "rescue, stop or off")
+        if self.drafts not in ("auto", "off"):
+            refuse("drafts", "auto or off")
+        if isinstance(self.guidance, str):
+            if self.guidance not in ("auto", "page", "off"):
+                refuse("guidance", "auto, page, off, a JSON schema or a Regex")
+        elif not isinstance(self.guidance, Mapping | Regex):
+            refuse("guidance", "auto, page, off, a JSON schema or a Regex")
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
         elif not isinstance(self.stop, tuple):
@@ -83,28 +108,60 @@ class SamplingState:
         return self.random is None and self.params.repetition_penalty == 1.0
 
 
-Greedy = Callable[[Tensor], tuple[Tensor, Tensor]]
-"""logits float32 `[S, V]` to token ids `[S]` and their log-probabilities `[S]`."""
+class Greedy(Protocol):
+    """logits float32 `[R, V]` to token ids `[R]` and their log-probabilities `[R]`, under a mask int32 `[R, V / 32]`."""
+
+    def __call__(self, logits: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Choose each row's likeliest token."""
+
+
+class Want(NamedTuple):
+    """What one sequence wants of a step: its next token, and one more for every draft token that proves right."""
+
+    state: SamplingState
+    history: Sequence[int]
+    """Token ids so far, prompt included."""
+    draft: Sequence[int] = ()
 
 
 def sample(
-    logits: Tensor, states: Sequence[SamplingState], histories: Sequence[Sequence[int]], greedy: Greedy
-) -> tuple[list[int], list[float]]:
-    """Choose the next token of each row.
+    logits: Tensor, wants: Sequence[Want], greedy: Greedy, mask: Tensor | None = None
+) -> tuple[list[list[int]], list[list[float]]]:
+    """Choose the next tokens of each sequence, verifying its draft.
 
-    `logits` float32 `[S, V]`; `histories` the token ids of each row's sequence, prompt included. Returns S token ids and
-    their log-probabilities under the unmodified logits; a log-probability that is not finite marks a row whose logits were not.
+    `logits` float32 `[R, V]` has `1 + len(draft)` rows for each want, in turn: after its history, and after each draft
+    token. Every row's token is chosen as if it were alone; the first that differs from the draft is the last one taken,
+    so a draft changes no output, sampled or greedy (the rows beyond it draw nothing). `mask` int32 `[R, ceil(V / 32)]`
+    says which tokens each row may give. Returns 1 to `1 + len(draft)` token ids for each want and their log-probabilities
+    under the unmodified logits; one that is not finite marks a row whose logits were not.
     """
-    tokens, logprobs = greedy(logits)
-    token_ids, logprob_list = tokens.tolist(), logprobs.tolist()
-    for i, state in enumerate(states):
-        if not state.plain_greedy:
-            token_ids[i] = _choose(logits[i], state, histories[i])
-            logprob_list[i] = torch.log_softmax(logits[i], -1)[token_ids[i]].item()
-    return token_ids, logprob_list
+    tokens, logprobs = greedy(logits, mask)
+    best, best_logprobs = tokens.tolist(), logprobs.tolist()
+    chosen: list[list[int]] = []
+    chosen_logprobs: list[list[float]] = []
+    first = 0
+    for state, history, draft in wants:
+        if not draft and state.plain_greedy:
+            chosen.append([best[first]])
+            chosen_logprobs.append([best_logprobs[first]])
+        else:
+            ids: list[int] = []
+            for i in range(len(draft) + 1):
+                row = first + i
+                if not state.plain_greedy:
+                    allowed = None if mask is None else mask[row]
+                    best[row] = _choose(logits[row], state, [*history, *draft[:i]], allowed)
+                    best_logprobs[row] = torch.log_softmax(logits[row], -1)[best[row]].item()
+                ids.append(best[row])
+                if i < len(draft) and draft[i] != ids[i]:
+                    break
+            chosen.append(ids)
+            chosen_logprobs.append(best_logprobs[first : first + len(ids)])
+        first += len(draft) + 1
+    return chosen, chosen_logprobs
 
 
-def _choose(logits: Tensor, state: SamplingState, history: Sequence[int]) -> int:
+def _choose(logits: Tensor, state: SamplingState, history: Sequence[int], mask: Tensor | None) -> int:
     """Choose one token of one row, `[V]`."""
     p = state.params
     scores = logits.double()
@@ -112,6 +169,11 @@ def _choose(logits: Tensor, state: SamplingState, history: Sequence[int]) -> int
         seen = torch.tensor(sorted(set(history)), dtype=torch.int64, device=scores.device)
         old = scores[seen]
         scores[seen] = torch.where(old < 0, old * p.repetition_penalty, old / p.repetition_penalty)
+    if mask is not None:
+        token = torch.arange(len(scores), device=scores.device)
+        scores = scores.masked_fill(
+            (mask[token // 32] >> (token % 32).to(torch.int32)) & 1 == 0, float("-inf")
+        )
     if state.random is None:
         return int(scores.argmax())
     scores = scores / p.temperature

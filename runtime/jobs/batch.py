@@ -4,30 +4,21 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import Any, Protocol
 
 from pagemill.jobs.inputs import Inputs
 from pagemill.jobs.output import Output
 from pagemill.results import PageResult
 
-if TYPE_CHECKING:
-    from pagemill.decode.sampler import SamplingParams
-
 
 class PageReader(Protocol):
     """What a run needs of an engine."""
 
-    def read(
-        self,
-        inputs: Sequence[str],
-        *,
-        params: SamplingParams | None = None,
-        dpi: float | None = None,
-        skip: Container[tuple[str, int]] = (),
-    ) -> Iterator[PageResult]:
-        """Yield a result for every page that is not in `skip`, in order of completion."""
+    @property
+    def read(self) -> Callable[..., Iterator[PageResult]]:
+        """`read(inputs, skip=pages, **how)` yields a result for every page that is not in `skip`, in order of completion."""
 
 
 @dataclass
@@ -74,11 +65,10 @@ def run(
     inputs: Inputs,
     output: Output,
     *,
-    params: SamplingParams | None = None,
-    dpi: float | None = None,
     on_page: Callable[[PageResult, Totals], None] | None = None,
+    **how: Any,
 ) -> Totals:
-    """Read every page of `inputs` that `output` does not hold yet; return the counts.
+    """Read every page of `inputs` that `output` does not hold yet; return the counts. `how` goes to `Engine.read`.
 
     `on_page` is called after each page that is safe in the output, from another thread. A KeyboardInterrupt
     drops the pages that are being read, keeps the finished ones and is raised again; so is an OutputError.
@@ -96,7 +86,7 @@ def run(
             for result in inputs.unreadable:
                 if (result.source, result.page) not in finished:
                     writer.put(result)
-            for result in engine.read(inputs.sources, params=params, dpi=dpi, skip=finished):
+            for result in engine.read(inputs.sources, skip=finished, **how):
                 writer.put(result)
     except KeyboardInterrupt:
         if not output.resumable:

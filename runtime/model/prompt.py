@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jinja2
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -32,12 +32,23 @@ class Profile:
     dpi: float = 150.0
     """Resolution at which PDF pages are rendered."""
     max_new_tokens: int = 8192
+    text_height: float | None = None
+    """Height of text in pixels, as `pagemill.pages.ink` defines it, that the model reads best; None shows pages as they are."""
+    page_json: bool = False
+    """Whether it answers with a page's JSON object, so that guidance can hold it to that."""
+    keys: tuple[str, ...] = ("header", "margin", "footer", "text")
+    key_order: Literal["fixed", "any"] = "any"
+    """fixed: the model always writes `keys` in this order."""
+    optional_keys: bool = True
+    """Whether it may leave keys out."""
+    item_separator: str = ", "
+    key_separator: str = ": "
 
 
 # Prompts from the models' public material; names are compared with the end of a hub id or folder name.
 PROFILES = {
-    "dharma-ocr-lite": Profile(system=_OCR_SYSTEM),
-    "dharma-ocr-full": Profile(system=_OCR_SYSTEM),
+    "dharma-ocr-lite": Profile(system=_OCR_SYSTEM, page_json=True),
+    "dharma-ocr-full": Profile(system=_OCR_SYSTEM, page_json=True),
     "nanonets-ocr2-3b": Profile(
         prompt="Extract the text from the above document as if you were reading it naturally. Return the tables in html "
         "format. Return the equations in LaTeX representation. If there is an image in the document and image caption is "
@@ -59,15 +70,30 @@ def read_profile(folder: Path, name: str) -> Profile:
     values = read_json(path)
     kinds: dict[str, tuple[type, ...]] = {
         "system": (str, type(None)), "prompt": (str, type(None)), "dpi": (int, float), "max_new_tokens": (int,),
+        "text_height": (int, float, type(None)), "page_json": (bool,), "keys": (list,), "key_order": (str,),
+        "optional_keys": (bool,), "item_separator": (str,), "key_separator": (str,),
     }  # fmt: skip
     for key, value in values.items():
         if key not in kinds:
             raise CheckpointError(f"{path}: unknown setting {key!r}; known are {', '.join(kinds)}")
-        if not isinstance(value, kinds[key]) or isinstance(value, bool):
+        if not isinstance(value, kinds[key]) or (isinstance(value, bool) and bool not in kinds[key]):
             raise CheckpointError(f"{path}: {key} cannot be {value!r}")
-    profile = Profile(**values)
+    keys = values.get("keys", Profile.keys)
+    if sorted(map(str, keys)) != sorted(Profile.keys):
+        raise CheckpointError(
+            f"{path}: keys should hold {', '.join(Profile.keys)} in some order, not {keys!r}"
+        )
+    profile = Profile(**{**values, "keys": tuple(keys)})
     if not 10 <= profile.dpi <= 1200 or profile.max_new_tokens < 1:
         raise CheckpointError(f"{path}: dpi should be from 10 to 1200 and max_new_tokens at least 1")
+    if profile.text_height is not None and not 2 <= profile.text_height <= 500:
+        raise CheckpointError(f"{path}: text_height should be from 2 to 500 pixels, or null")
+    if profile.key_order not in ("fixed", "any"):
+        raise CheckpointError(f"{path}: key_order should be fixed or any, not {profile.key_order!r}")
+    if profile.item_separator.strip(" ") != "," or profile.key_separator.strip(" ") != ":":
+        raise CheckpointError(
+            f"{path}: item_separator and key_separator should be a comma and a colon, with spaces"
+        )
     return profile
 
 
@@ -126,6 +152,10 @@ class Prompter:
             else:
                 expanded.append(token)
         return expanded, starts
+
+    def encode_text(self, text: str) -> list[int]:
+        """Tokens of plain text."""
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of output tokens, special tokens left out."""

@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers import (
     LogitsProcessorList,
     RepetitionPenaltyLogitsProcessor,
@@ -11,7 +13,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from pagemill.decode.sampler import SamplingParams, SamplingState, sample
+from pagemill.decode.sampler import SamplingParams, SamplingState, Want, sample
 from pagemill.errors import ConfigError
 from pagemill.kernels.sampling import greedy_reference
 
@@ -19,13 +21,20 @@ from pagemill.kernels.sampling import greedy_reference
 def draw(logits, params, histories=None, times=1):
     states = [SamplingState(params) for _ in logits]
     histories = histories or [[0]] * len(logits)
-    return [sample(logits, states, histories, greedy_reference)[0] for _ in range(times)]
+    return [plain(logits, states, histories)[0] for _ in range(times)]
+
+
+def plain(logits, states, histories):
+    """One token a row."""
+    wants = [Want(state, history) for state, history in zip(states, histories, strict=True)]
+    tokens, logprobs = sample(logits, wants, greedy_reference)
+    return [row[0] for row in tokens], [row[0] for row in logprobs]
 
 
 def test_greedy_takes_the_likeliest_and_reports_its_probability():
     logits = torch.tensor([[0.0, 3.0, 1.0], [5.0, 5.0, 4.0]])
     states = [SamplingState(SamplingParams())] * 2
-    tokens, logprobs = sample(logits, states, [[0], [0]], greedy_reference)
+    tokens, logprobs = plain(logits, states, [[0], [0]])
     assert tokens == [1, 0], "the lowest index wins a tie"
     np.testing.assert_allclose(logprobs, torch.log_softmax(logits, -1)[[0, 1], [1, 0]], rtol=1e-6)
 
@@ -77,14 +86,85 @@ def test_a_seeded_request_draws_the_same_in_any_company():
     alone, crowd = SamplingState(params), [SamplingState(params), SamplingState(SamplingParams(temperature=2.0)),
                                            SamplingState(SamplingParams())]  # fmt: skip
     for _ in range(20):
-        one = sample(logits[:1], [alone], [[0]], greedy_reference)[0][0]
-        assert one == sample(logits, crowd, [[0]] * 3, greedy_reference)[0][0]
+        one = plain(logits[:1], [alone], [[0]])[0][0]
+        assert one == plain(logits, crowd, [[0]] * 3)[0][0]
 
 
 def test_broken_logits_show_in_the_log_probability():
     logits = torch.full((1, 4), float("nan"))
-    _, logprobs = sample(logits, [SamplingState(SamplingParams())], [[0]], greedy_reference)
+    _, logprobs = plain(logits, [SamplingState(SamplingParams())], [[0]])
     assert not np.isfinite(logprobs[0])
+
+
+VOCABULARY = 40
+
+
+def logits_after(history):
+    """A model: what comes next depends on the whole history."""
+    seed = abs(hash(tuple(history))) % 2**31
+    return torch.from_numpy(np.random.default_rng(seed).normal(0, 2, VOCABULARY).astype(np.float32))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    params=st.builds(
+        SamplingParams,
+        temperature=st.sampled_from([0.0, 0.8]),
+        repetition_penalty=st.sampled_from([1.0, 1.3]),
+        top_k=st.sampled_from([0, 5]),
+        seed=st.integers(0, 9),
+    ),
+    data=st.data(),
+)
+def test_drafts_change_no_token_and_no_probability(params, data):
+    """Greedy, penalised and drawn tokens alike: right, partly right, wrong and empty drafts give the same output."""
+    allowed = np.random.default_rng(0).integers(0, 2, (60, VOCABULARY), dtype=np.uint8)
+    allowed[:, 7] = 1
+    masks = np.pad(np.packbits(allowed, axis=1, bitorder="little"), ((0, 0), (0, 3))).view(np.int32)
+    masked = data.draw(st.booleans())
+
+    def step(state, history, draft):
+        rows = [history + draft[:i] for i in range(len(draft) + 1)]
+        mask = torch.from_numpy(masks[[len(row) for row in rows]]) if masked else None
+        (ids,), (lps,) = sample(
+            torch.stack([logits_after(row) for row in rows]),
+            [Want(state, history, draft)],
+            greedy_reference,
+            mask,
+        )
+        return ids, lps
+
+    state, truth, probabilities = SamplingState(params), [1, 2], []
+    while len(truth) < 30:
+        ids, lps = step(state, truth, [])
+        truth = truth + ids
+        probabilities += lps
+    state, output, found = SamplingState(params), [1, 2], []
+    while len(output) < 25:
+        right = data.draw(st.integers(0, 4))
+        draft = truth[len(output) : len(output) + right]
+        draft = draft + data.draw(st.lists(st.integers(0, VOCABULARY - 1), max_size=2))
+        ids, lps = step(state, output, draft)
+        assert len(ids) >= min(right, len(draft)) + 1 or len(ids) == len(draft) + 1
+        output = output + ids
+        found += lps
+    assert output == truth[: len(output)]
+    np.testing.assert_array_equal(found, probabilities[: len(found)])
+
+
+def test_a_mask_holds_for_every_way_of_choosing():
+    logits = torch.tensor([[5.0, 4.0, 3.0, 2.0]])
+    mask = torch.tensor([[0b1100]], dtype=torch.int32)
+    for params in (
+        SamplingParams(),
+        SamplingParams(repetition_penalty=2.0),
+        SamplingParams(temperature=5.0, seed=1),
+        SamplingParams(temperature=5.0, seed=1, top_k=1),
+    ):
+        state = SamplingState(params)
+        drawn = {sample(logits, [Want(state, [0])], greedy_reference, mask)[0][0][0] for _ in range(40)}
+        assert drawn <= {2, 3}
+        assert 2 in drawn
 
 
 @pytest.mark.parametrize(
@@ -92,7 +172,8 @@ def test_broken_logits_show_in_the_log_probability():
     [dict(max_new_tokens=0), dict(temperature=-1), dict(temperature=float("nan")), dict(top_p=0), dict(top_p=1.1),
      dict(top_k=-1), dict(repetition_penalty=0), dict(seed=-1),
      dict(top_k=2.5), dict(seed=1.5), dict(max_new_tokens=True), dict(temperature="hot"),
-     dict(stop=("",)), dict(stop=[3])],
+     dict(stop=("",)), dict(stop=[3]), dict(guidance="json"), dict(guidance=7), dict(guard="on"), dict(max_rescues=-1),
+     dict(max_retries=1.5), dict(drafts=True)],
     ids=str,
 )  # fmt: skip
 def test_impossible_parameters_are_refused_by_name(bad):

@@ -62,9 +62,8 @@ class Engine:
         self,
         inputs: Sequence[str],
         *,
-        params: object = None,
-        dpi: float | None = None,
         skip: Container[tuple[str, int]] = (),
+        **how: object,
     ) -> Iterator[PageResult]:
         waiting: list[PageResult] = []
         for source in inputs:
