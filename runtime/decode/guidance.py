@@ -143,7 +143,9 @@ class GuideFactory:
         """Compile `guidance`, or find it compiled.
 
         `max_chars` bounds each string value of the page, and in a schema the strings without pattern, format, enum or
-        constant; regular expressions have their own bounds. Raises `RequestError` that names the place of what is wrong.
+        constant; regular expressions have their own bounds. A bound makes the masks of large vocabularies slower
+        (bench/results/guidance.md), so bounds that are far away are better left to the token budget. Raises `RequestError`
+        that names the place of what is wrong.
         """
         if max_chars is not None and max_chars < 1:
             raise RequestError(f"guidance: max_chars should be at least 1, got {max_chars}")
@@ -334,7 +336,7 @@ class Guide:
         It follows `text`: an incomplete last character counts as not written. None if no ending was found within bounds (10,000
         bytes tried breadth first, then 20,000 depth first), which cannot happen for the page.
         """
-        if self._stopped or self._matcher.is_accepting():
+        if self._stopped or (self._matcher.is_accepting() and not self._matcher.is_error()):
             return ""
         ending = _search(
             self._at(self.text.encode()), self._grammar.is_json, lambda matcher, _: matcher.is_accepting()
