@@ -104,9 +104,9 @@ def measure_ink(rgb: Bytes) -> PageInk:
     )
     inked = int(_count(ink).sum())
 
-    text, unit = _lines(ink), rows_each
+    text, unit = _lines(_without_rules(ink)), rows_each
     if text.level < 0.6:
-        turned = _lines(_turn(ink))
+        turned = _lines(_without_rules(_turn(ink)))
         if turned.level > 1.3 * max(text.level, _LEVEL):
             text, unit = turned, columns_each
     wide = _wide(ink, _DASH)
@@ -281,7 +281,7 @@ def _wide(words: Words, length: int) -> Words:
 
 
 def _content(ink: Words, glyph: int) -> Words:
-    """Take out lone samples, upright rules, and whatever is not near something of a glyph's extent."""
+    """Take out lone samples, and whatever is not near something of a glyph's extent."""
     ink = ink & (_left(ink) | _right(ink) | _up(ink) | _down(ink))
     grown = ink | _up(ink) | _down(ink) | _left(ink) | _right(ink)
     seeds = _tall(grown, glyph + 2) | _wide(grown, glyph + 2)
@@ -292,15 +292,19 @@ def _content(ink: Words, glyph: int) -> Words:
     near = _around(seeded.astype(np.int8), np.maximum)
     keep = (near.astype(np.uint16) * np.uint16(0xFFFF)).astype(">u2").view(">u8")
     ink = ink & np.repeat(keep.astype(np.uint64), _TILE, axis=0)
-
-    rule = run = _tall(ink, _RULE)
-    if run.any():
-        reach = 1
-        while reach < _RULE:
-            step = min(reach, _RULE - reach)
-            rule, reach = rule | _down(rule, step), reach + step
-        ink = ink & ~(rule | _left(rule) | _right(rule))
     return ink
+
+
+def _without_rules(ink: Words) -> Words:
+    """Take out upright runs too long for a letter, and the samples beside them."""
+    rule = run = _tall(ink, _RULE)
+    if not run.any():
+        return ink
+    reach = 1
+    while reach < _RULE:
+        step = min(reach, _RULE - reach)
+        rule, reach = rule | _down(rule, step), reach + step
+    return ink & ~(rule | _left(rule) | _right(rule))
 
 
 def _turn(ink: Words) -> Words:
