@@ -4,13 +4,12 @@
 
 heights  The clean sample pages, each scaled so that its text bodies (pagemill.pages.ink) are 5 to 20 pixels high. The best height
          for the least tokens is what a checkpoint's `text_height` should say.
-dpi      The texts of 12 sample pages set in 10-point type on A6 sheets, drawn at 100 to 600 DPI, read with resolution `full`
-         (every pixel that the checkpoint takes) and `auto` (by the height of the text). Then the digital PDF, rendered.
+dpi      The texts of 12 sample pages set in 10-point type on A6 sheets, rendered at 100 to 600 DPI, read with resolution `full`
+         (every pixel that the checkpoint takes) and `auto` (by the height of the text), as images and as PDF pages.
 samples  The clean and the hard sample pages, `full` and `auto`.
 ink      What measuring costs, on A4 pages of 10-point text; and how far the output budget lies above the truth.
 
-benchmark_score and CER are those of the fields of the records, as in bench/score.py. Type is Pillow's own (Aileron), so that the
-pages are the same everywhere.
+benchmark_score and CER are those of the fields of the records, as in bench/score.py.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import tempfile
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -26,9 +26,6 @@ from statistics import fmean
 from typing import Any
 
 import environment
-import numpy as np
-import numpy.typing as npt
-from PIL import Image, ImageDraw, ImageFont
 
 from pagemill import Engine, Request, SamplingParams
 from pagemill.decode.page import is_degenerate, parse_page
@@ -38,12 +35,11 @@ from pagemill.pages.preprocess import PreparedImage
 from pagemill.pages.source import PageRef, load_page
 from pagemill.score import joined, score_text
 
-Pixels = npt.NDArray[np.uint8]
 HEIGHTS = (5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 16, 18, 20)
 DPIS = (100, 150, 200, 300, 400, 600)
 CLEAN = ("form", "legal", "prose")
-A6 = (4.13, 5.83)  # inches
-POINTS = 10.0
+A4, A6 = (595, 842), (298, 420)  # points
+POINTS = 10
 
 
 @dataclass(frozen=True)
@@ -82,7 +78,6 @@ def main() -> None:
                 result["samples"] = samples(engine, params, args.height)
             if "dpi" in parts:
                 result["dpi"] = by_dpi(engine, params, args.height)
-                result["pdf"] = by_dpi_pdf(engine, params, args.height)
     if args.json:
         Path(args.json).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
@@ -109,14 +104,14 @@ def read(engine: Engine, params: SamplingParams, pages: Sequence[Page]) -> dict[
 
 def show(label: str, row: dict[str, float]) -> None:
     print(
-        f"{label:28}{row['image_tokens']:10.0f}{row['benchmark_score']:10.3f}{100 * row['cer']:8.1f} %"
+        f"{label:34}{row['image_tokens']:10.0f}{row['benchmark_score']:10.3f}{100 * row['cer']:8.1f} %"
         f"{100 * row['degeneration_rate']:8.1f} %{row['seconds_a_page']:9.2f}",
         flush=True,
     )
 
 
 def head(title: str) -> None:
-    print(f"\n{title}\n{'':28}{'tokens':>10}{'score':>10}{'CER':>10}{'degen.':>10}{'s/page':>9}")
+    print(f"\n{title}\n{'':34}{'tokens':>10}{'score':>10}{'CER':>10}{'degen.':>10}{'s/page':>9}")
 
 
 def heights(engine: Engine, params: SamplingParams, count: int) -> list[dict[str, float]]:
@@ -162,33 +157,27 @@ def fit_sample(engine: Engine, row: dict[str, Any], dpi: float, options: FitOpti
 
 
 def by_dpi(engine: Engine, params: SamplingParams, preferred: float) -> list[dict[str, Any]]:
-    """Read typeset sheets drawn at each of `DPIS` with every resolution."""
-    sheets = [row for row in read_rows("truth.jsonl") if row["file"].startswith(CLEAN)][::3]
+    """Read typeset sheets rendered at each of `DPIS`, as images and as the PDF that they are."""
+    rows = [row for row in read_rows("truth.jsonl") if row["file"].startswith(CLEAN)][::3]
     head(
-        f"{len(sheets)} A6 sheets of {POINTS:.0f}-point type, drawn at a DPI (preferred height {preferred:g} px)"
+        f"{len(rows)} A6 sheets of {POINTS}-point type, rendered at a DPI (preferred height {preferred:g} px)"
     )
     found = []
-    for dpi in DPIS:
-        drawn = [(row["file"], draw(row["truth"], dpi), joined(row["truth"])) for row in sheets]
-        for options in sizes(preferred):
-            pages = [
-                Page(name, fit_pixels(rgb, options, engine.processor)[0], truth) for name, rgb, truth in drawn
-            ]
-            found.append(report(engine, params, dpi, options, pages))
-    return found
-
-
-def by_dpi_pdf(engine: Engine, params: SamplingParams, preferred: float) -> list[dict[str, Any]]:
-    """Read the digital PDF rendered at each of `DPIS` with every resolution."""
-    rows = [row for row in read_rows("pdf_truth.jsonl") if row["text_layer"]]
-    head(f"{len(rows)} pages of the digital PDF (20-point type), rendered at a DPI")
-    found = []
-    for dpi in (50, 72, *DPIS):
-        for options in sizes(preferred):
-            pages = [
-                Page(row["file"], fit_sample(engine, row, dpi, options), joined(row["truth"])) for row in rows
-            ]
-            found.append(report(engine, params, dpi, options, pages))
+    with tempfile.TemporaryDirectory() as folder:
+        sheets = Path(folder, "sheets.pdf")
+        sheets.write_bytes(typeset([lines_of(row["truth"]) for row in rows], *A6, POINTS))
+        for dpi in DPIS:
+            for options in sizes(preferred):
+                for kind in ("image", "PDF")[: 1 + (options.resolution == "auto")]:
+                    pages = []
+                    for number, row in enumerate(rows, 1):
+                        ref = PageRef(str(sheets), number)
+                        if kind == "PDF":
+                            image, _ = fit_page(ref, dpi, options, engine.processor)
+                        else:
+                            image, _ = fit_pixels(load_page(ref, dpi), options, engine.processor)
+                        pages.append(Page(row["file"], image, joined(row["truth"])))
+                    found.append(report(engine, params, f"{dpi} dpi, {kind}", options, pages))
     return found
 
 
@@ -200,43 +189,68 @@ def sizes(preferred: float) -> list[FitOptions]:
 
 
 def report(
-    engine: Engine, params: SamplingParams, what: object, options: FitOptions, pages: list[Page]
+    engine: Engine, params: SamplingParams, what: str, options: FitOptions, pages: list[Page]
 ) -> dict[str, Any]:
     row = read(engine, params, pages)
     label = f"{options.resolution}{', cropped' if options.crop else ''}"
-    show(f"{what}{' dpi' * isinstance(what, int)}, {label}", row)
+    show(f"{what}, {label}", row)
     return {"pages of": what, "resolution": label} | row
 
 
-def draw(truth: dict[str, str | None], dpi: float) -> Pixels:
-    """Set a page's fields on an A6 sheet, line by line as they are, and return uint8 [H, W, 3]."""
-    width, height = (round(side * dpi) for side in A6)
-    sheet = Image.new("RGB", (width, height), "white")
-    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(POINTS * dpi / 72)
-    line, left = 1.35 * POINTS * dpi / 72, 0.25 * dpi
-    y = 0.2 * dpi
-    for text in (truth["header"], truth["text"]):
-        for words in (text or "").splitlines():
-            pen.text((left, y), words, "black", font)
-            y += line
-        y += line if text else 0
-    y = height - 0.2 * dpi - line * len((truth["footer"] or "").splitlines())
-    pen.text((left, y), truth["footer"] or "", "black", font)
-    return np.asarray(sheet)
+def lines_of(truth: dict[str, str | None]) -> list[str]:
+    """Return a page's lines: header, text, footer, with empty lines between them."""
+    parts = [(truth[name] or "").splitlines() for name in ("header", "text", "footer")]
+    return [*parts[0], *[""] * bool(parts[0]), *parts[1], *[""] * bool(parts[2]), *parts[2]]
+
+
+def typeset(sheets: Sequence[Sequence[str]], width: int, height: int, points: float) -> bytes:
+    """Return a PDF of `width` x `height` points with the given lines on each sheet, in Helvetica of `points` an em."""
+    count = len(sheets)
+    kids = " ".join(f"{4 + 2 * i} 0 R" for i in range(count))
+    objects = [
+        b"<</Type/Catalog/Pages 2 0 R>>",
+        f"<</Type/Pages/Count {count}/Kids[{kids}]>>".encode(),
+        b"<</Type/Font/Subtype/Type1/BaseFont/Helvetica/Encoding/WinAnsiEncoding>>",
+    ]
+    for i, lines in enumerate(sheets):
+        text = "".join(
+            "({}) '\n".format(line.translate({ord(c): "\\" + c for c in "\\()"})) for line in lines
+        )
+        content = (
+            f"BT /F {points} Tf {1.35 * points} TL {points * 1.5} {height - points} Td\n{text}ET".encode(
+                "cp1252"
+            )
+        )
+        objects += [
+            f"<</Type/Page/Parent 2 0 R/MediaBox[0 0 {width} {height}]"
+            f"/Resources<</Font<</F 3 0 R>>>>/Contents {5 + 2 * i} 0 R>>".encode(),
+            b"<</Length %d>>stream\n%s\nendstream" % (len(content), content),
+        ]
+    pdf, places = b"%PDF-1.4\n", []
+    for number, body in enumerate(objects, 1):
+        places.append(len(pdf))
+        pdf += b"%d 0 obj\n%s\nendobj\n" % (number, body)
+    table = "".join(f"{place:010} 00000 n \n" for place in places)
+    return (
+        pdf
+        + (
+            f"xref\n0 {len(objects) + 1}\n0000000000 65535 f \n{table}"
+            f"trailer<</Size {len(objects) + 1}/Root 1 0 R>>\nstartxref\n{len(pdf)}\n%%EOF\n"
+        ).encode()
+    )
 
 
 def cost() -> list[dict[str, float]]:
     """Measure an A4 page of 10-point text at usual resolutions."""
     print(f"\nmeasure_ink, A4\n{'dpi':>8}{'pixels':>14}{'ms':>8}{'height':>10}{'of type':>10}")
     lines = [line for row in read_rows("truth.jsonl") for line in (row["truth"]["text"] or "").splitlines()]
+    wide = ["  ".join(pair) for pair in zip(lines[:110:2], lines[1:110:2], strict=True)]
     found = []
-    for dpi in (72, 150, 300, 600):
-        sheet = Image.new("RGB", (round(8.27 * dpi), round(11.69 * dpi)), "white")
-        pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(POINTS * dpi / 72)
-        for k in range(52):
-            words = "  ".join((lines[2 * k % len(lines)], lines[(2 * k + 1) % len(lines)]))
-            pen.text((0.7 * dpi, (0.8 + 0.19 * k) * dpi), words, "black", font)
-        rgb = np.asarray(sheet)
+    with tempfile.TemporaryDirectory() as folder:
+        sheet = Path(folder, "a4.pdf")
+        sheet.write_bytes(typeset([wide], *A4, POINTS))
+        pages = {dpi: load_page(PageRef(str(sheet), 1), dpi) for dpi in (72, 150, 300, 600)}
+    for dpi, rgb in pages.items():
         times = []
         for _ in range(9):
             started = time.thread_time()
