@@ -41,6 +41,7 @@ from pagemill.sequence import FinishedAttempt, PageTask, Sequence, SequenceImage
 
 _DEFAULT_MODEL_LEN = 32768
 _MAX_DRAFT = 16  # tokens guessed for one sequence in one step
+_ROWS_BESIDE = 48  # masks of fewer rows are made after the model has run: sooner than another thread takes over
 _NOT_FINITE = "the model computed values that are not finite numbers; try float32, or check the checkpoint"
 _RETRY_TEMPERATURE = 0.3  # enough to leave the path that ended badly
 
@@ -233,10 +234,16 @@ class EngineCore:
         if not plan.work and self.scheduler.has_work:
             raise AssertionError("live sequences, but nothing could be scheduled")
         wanting = list(plan.wanting())
-        masks = self._start_masks(wanting)
+        masked = any(seq.control.masked for seq, _ in wanting)
+        masks: Future[npt.NDArray[np.int32]] | None = None
+        if masked and sum(1 + len(draft) for _, draft in wanting) >= _ROWS_BESIDE:
+            masks = self._mask_thread.submit(self._fill_masks, wanting)
         started = time.perf_counter()
         logits = self.runner.execute(plan)
-        mask = None if masks is None else torch.from_numpy(masks.result()).to(logits.device)
+        mask: Tensor | None = None
+        if masked:
+            filled = self._fill_masks(wanting) if masks is None else masks.result()
+            mask = torch.from_numpy(filled).to(logits.device)
         wants = [Want(seq.control.sampling, seq.token_ids, draft) for seq, draft in wanting]
         token_ids, logprobs = sample(logits, wants, self.model.decoder.kernels.greedy, mask)
         self.num_steps += 1
@@ -284,24 +291,18 @@ class EngineCore:
             room = seq.max_tokens - len(seq.token_ids) - 1
             seq.draft = drafter.propose(min(length, room)) if length and room > 0 else []
 
-    def _start_masks(self, wanting: list[tuple[Sequence, list[int]]]) -> Future[npt.NDArray[np.int32]] | None:
-        """Begin to compute which tokens the rows of this step may give; None if nothing is restricted."""
-        if not any(seq.control.masked for seq, _ in wanting):
-            return None
-
-        def fill() -> npt.NDArray[np.int32]:
-            rows = sum(1 + len(draft) for _, draft in wanting)
-            masks = np.full((rows, self._guides.num_words), -1, dtype=np.int32)
-            first = 0
-            for seq, draft in wanting:
-                try:
-                    seq.control.fill_masks(seq.token_ids, draft, masks[first : first + 1 + len(draft)])
-                except PagemillError as error:  # a grammar beyond its limits costs its own sequence alone
-                    seq.error = str(error)
-                first += 1 + len(draft)
-            return masks
-
-        return self._mask_thread.submit(fill)
+    def _fill_masks(self, wanting: list[tuple[Sequence, list[int]]]) -> npt.NDArray[np.int32]:
+        """Which tokens the rows of this step may give: int32 `[rows, V / 32]`."""
+        rows = sum(1 + len(draft) for _, draft in wanting)
+        masks = np.full((rows, self._guides.num_words), -1, dtype=np.int32)
+        first = 0
+        for seq, draft in wanting:
+            try:
+                seq.control.fill_masks(seq.token_ids, draft, masks[first : first + 1 + len(draft)])
+            except PagemillError as error:  # a grammar beyond its limits costs its own sequence alone
+                seq.error = str(error)
+            first += 1 + len(draft)
+        return masks
 
     def _advance(
         self, seq: Sequence, draft: list[int], length: int, reason: FinishReason | None
