@@ -23,6 +23,7 @@ from pagemill import __version__
 from pagemill.errors import ConfigError, PagemillError, printable
 
 if TYPE_CHECKING:
+    from pagemill.decode.guidance import Regex
     from pagemill.engine import Engine
     from pagemill.jobs import Output
 
@@ -78,10 +79,14 @@ def _resolution(value: str) -> str:
     return value
 
 
-def _guidance(value: str) -> str | dict[str, Any]:
-    """What --guidance says: a word, or the JSON schema of a file."""
+def _guidance(value: str) -> str | dict[str, Any] | Regex:
+    """What --guidance says: a word, a regular expression, or the JSON schema of a file."""
     if value in ("auto", "page", "off"):
         return value
+    if value.startswith("regex:"):
+        from pagemill.decode.guidance import Regex
+
+        return Regex(value.removeprefix("regex:"))
     try:
         with open(value, encoding="utf-8") as file:
             text = file.read(_LARGEST_SCHEMA + 1)
@@ -168,9 +173,9 @@ def read(
         str,
         typer.Option(
             "--guidance",
-            metavar="page|off|SCHEMA.json",
-            help="What the output conforms to: the page's own JSON, a JSON schema in a file, or nothing. By default page "
-            "for models that write such JSON.",
+            metavar="page|off|SCHEMA.json|regex:PATTERN",
+            help="What the output conforms to: the page's own JSON, nothing, a JSON schema in a file, or a regular "
+            "expression. By default page for models that write such JSON.",
         ),
     ] = "auto",
     guard: Annotated[
