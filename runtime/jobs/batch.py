@@ -31,6 +31,10 @@ class Totals:
     earlier: Counter[str] = field(default_factory=Counter)
     """Pages that the output held before this run, by status."""
     output_tokens: int = 0
+    loops: int = 0
+    """Repetition loops that the guard caught."""
+    shortcuts: int = 0
+    """Pages answered without the model: blank ones and duplicates."""
     seconds: float = 0.0
     """Wall clock from the start of reading to the page counted last."""
     failures: list[PageResult] = field(default_factory=list)
@@ -55,6 +59,8 @@ class Totals:
         """Count one page."""
         self.statuses[result.status] += 1
         self.output_tokens += result.tokens.output
+        self.loops += len(result.loops)
+        self.shortcuts += result.shortcut is not None
         self.seconds = time.monotonic() - self.started
         if result.status == "error" and len(self.failures) < 5:
             self.failures.append(result)

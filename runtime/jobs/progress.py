@@ -134,6 +134,13 @@ def summary(totals: Totals, output: str) -> str:
         f"{counts['ok']} ok, {counts['degenerate']} degenerate, {counts['error']} failed"
         f" · {duration(totals.seconds)} · {rates(totals)} → {printable(output)}"
     ]
+    if totals.loops:
+        lines.append(
+            f"  {totals.loops} repetition loop{'s were' if totals.loops > 1 else ' was'} caught and cut short."
+        )
+    if totals.shortcuts:
+        pages = "pages were" if totals.shortcuts > 1 else "page was"
+        lines.append(f"  {totals.shortcuts} {pages} blank or a duplicate, and answered without the model.")
     lines += [f"  failed: {_naming(page)}" for page in totals.failures]
     if (more := counts["error"] - len(totals.failures)) > 0:
         lines.append(f"  and {more} more: their records say why.")
