@@ -12,6 +12,7 @@ import os
 import queue
 import threading
 import time
+import warnings
 import weakref
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Container, Iterator
@@ -343,6 +344,8 @@ class Engine:
             "kv_cache_tokens": core.blocks.num_blocks * block_size,
             "prefix_sharing": core.blocks.prefix_sharing,
             "page_dpi": self.dpi,
+            "page_text_height": self.profile.text_height,
+            "page_guidance": "page" if self.profile.page_json else "off",
             "max_new_tokens": self.max_new_tokens,
             "load_seconds": round(self.load_seconds, 3),
         }
@@ -473,8 +476,11 @@ class Engine:
                     return
                 leads = image.content_hash
             prompt = self.core.tokenize(self.page_prompt, [image])
-            # A character takes at least a token only where nothing is learned of the language: a bound, not an estimate.
-            bound = min(self.max_new_tokens, plausible_output_chars(ink) + _JSON_TOKENS)
+            bound = self.max_new_tokens
+            if (
+                self.profile.page_json
+            ):  # a token is a character or more; Markdown and HTML write what leaves no ink
+                bound = min(bound, plausible_output_chars(ink) + _JSON_TOKENS)
             task = PageTask(
                 ref.source, self._draft_texts(ref, options), ink.num_glyphs, ink.num_rule_glyphs, bound
             )
@@ -487,9 +493,16 @@ class Engine:
         """Guesses of the page's text as tokens: its text layer, and what the caller's own engine reads."""
         if options.params.drafts == "off":
             return []
-        texts = [page_text(ref)]
+        texts: list[str] = []
+        with suppress(PagemillError):  # the page itself could be rendered
+            texts.append(page_text(ref))
         if options.draft_text is not None:
-            texts.append(options.draft_text(load_page(ref, options.dpi)))
+            try:
+                texts.append(options.draft_text(load_page(ref, options.dpi)))
+            except Exception as error:  # a page needs no draft
+                warnings.warn(
+                    f"draft_text failed on {ref.source} page {ref.page}: {_sentence(error)}", stacklevel=2
+                )
         return [draft_text_tokens(text, self.core.prompter.encode_text) for text in texts if text]
 
     def _page_result(self, ref: PageRef, seq: Sequence, prepare: float) -> PageResult:
