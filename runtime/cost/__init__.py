@@ -1,0 +1,1 @@
+"""Pages per dollar: measured, modelled, simulated, compared and shown."""
