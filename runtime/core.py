@@ -8,6 +8,7 @@ begun again from its prompt.
 from __future__ import annotations
 
 import time
+from collections import OrderedDict
 from collections.abc import Sequence as SequenceOf
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -36,10 +37,12 @@ from pagemill.model.rope import mrope_positions
 from pagemill.pages.preprocess import PreparedImage
 from pagemill.results import FinishReason
 from pagemill.runner import Runner, block_bytes
-from pagemill.scheduler import Scheduler
+from pagemill.scheduler import Scheduler, StepPlan
 from pagemill.sequence import FinishedAttempt, PageTask, Sequence, SequenceImage, Timeline
+from pagemill.stats import EngineStats
 
 _DEFAULT_MODEL_LEN = 32768
+_MAX_SALTS = 4  # whose outputs are remembered for drafts: some 25 MB each
 _MAX_DRAFT = 16  # tokens guessed for one sequence in one step
 _ROWS_BESIDE = 48  # masks of fewer rows are made after the model has run: sooner than another thread takes over
 _NOT_FINITE = "the model computed values that are not finite numbers; try float32, or check the checkpoint"
@@ -106,7 +109,7 @@ class EngineCore:
             device=model.vision.device,
             dtype=dtype,
         )
-        self.drafts = DraftIndex()
+        self._draft_indexes: OrderedDict[str, DraftIndex] = OrderedDict()
         self.draft_budget = DraftBudget()
         self._guides = GuideFactory(
             prompter.tokenizer, text.vocab_size, model.config.eos_token_ids, page_format or PageFormat()
@@ -114,7 +117,7 @@ class EngineCore:
         self._pieces = token_pieces(prompter.tokenizer, text.vocab_size)
         self._mask_thread = ThreadPoolExecutor(1, thread_name_prefix="pagemill-masks")
         self._next_id = 0
-        self.num_steps = 0
+        self.stats = EngineStats(max_num_seqs=config.max_num_seqs, num_blocks=num_blocks)
 
     def close(self) -> None:
         """End the thread that computes token masks."""
@@ -221,7 +224,7 @@ class EngineCore:
             drafter = Drafter(
                 vocabulary=self._pieces,
                 texts=page.texts,
-                index=self.drafts,
+                index=self.drafts(page.salt),
                 document=page.document,
                 encode=self.prompter.encode_text,
             )
@@ -242,20 +245,32 @@ class EngineCore:
         logits = self.runner.execute(plan)
         mask: Tensor | None = None
         if masked:
+    def drafts(self, salt: str) -> DraftIndex:
+        """Outputs of earlier pages of this salt. The few salts used last are remembered."""
+        index = self._draft_indexes.setdefault(salt, DraftIndex())
+        self._draft_indexes.move_to_end(salt)
+        if len(self._draft_indexes) > _MAX_SALTS:
+            self._draft_indexes.popitem(last=False)
+        return index
+
             filled = self._fill_masks(wanting) if masks is None else masks.result()
             mask = torch.from_numpy(filled).to(logits.device)
+        begun = time.perf_counter()
         wants = [Want(seq.control.sampling, seq.token_ids, draft) for seq, draft in wanting]
         token_ids, logprobs = sample(logits, wants, self.model.decoder.kernels.greedy, mask)
-        self.num_steps += 1
         now = time.perf_counter()
         if not plan.encode:
             self.draft_budget.observe(sum(n for _, n in plan.work), now - started)
         lengths = [len(seq.token_ids) for seq, _ in wanting]
         reasons = dict(self.scheduler.update(plan, token_ids, logprobs, now))
         finished: list[Sequence] = []
+        encode_s = self.runner.encode_s
         for (seq, draft), length, row in zip(wanting, lengths, logprobs, strict=True):
             if not all(map(isfinite, row)):
+        computed = time.perf_counter()
+        encode_s = self.runner.encode_s - encode_s
                 seq.error = seq.error or _NOT_FINITE
+        masks_made = time.perf_counter()
             reason = reasons.get(seq)
             if seq.error is None:
                 try:
@@ -265,6 +280,13 @@ class EngineCore:
             if seq.error is not None:
                 reason = "error"
             if reason is not None and (reason := self._settle(seq, reason)) is not None:
+        stats = self.stats
+        self._count(plan, computed - started - encode_s)
+        stats.encode_s += encode_s
+        stats.masks_s += masks_made - computed
+        stats.sampling_s += now - masks_made
+        used = self.blocks.num_blocks - self.blocks.num_free
+        places = len(self.scheduler.running)
                 self.scheduler.finish(seq, reason)
                 seq.timeline.finished = now
                 finished.append(seq)
@@ -285,8 +307,37 @@ class EngineCore:
         lengths = self.draft_budget.lengths(
             [drafter.acceptance for _, drafter in drafting],
             _MAX_DRAFT,
+                stats.finished += 1
+                stats.output_tokens += len(seq.token_ids) - seq.num_prompt
+                stats.discarded_tokens += seq.num_discarded
+        ended = time.perf_counter()
+        stats.bookkeeping_s += started - begun + ended - now
+        stats.place_seconds += places * (ended - begun)
+        stats.kv_block_seconds += used * (ended - begun)
+        stats.kv_peak_blocks = max(stats.kv_peak_blocks, used)
             min(others, self.config.max_step_tokens),
         )
+    def _count(self, plan: StepPlan, model_s: float) -> None:
+        """Count what a plan computes, before its tokens are taken; the decoder took `model_s` seconds."""
+        stats, total, prompt, again, prompt_again = self.stats, 0, 0, 0, 0
+        for seq, n in plan.work:
+            total += n
+            start = seq.num_computed
+            if start < seq.num_prompt:
+                prompt += min(n, seq.num_prompt - start)
+            if start < seq.num_once_computed:
+                again += min(n, seq.num_once_computed - start)
+                prompt_again += max(0, min(start + n, seq.num_once_computed, seq.num_prompt) - start)
+        stats.steps += 1
+        stats.images += len(plan.encode)
+        stats.image_tokens += sum(image.num_tokens for _, image in plan.encode)
+        stats.prefill_tokens += prompt - prompt_again
+        stats.recompute_tokens += again
+        stats.decode_tokens += total - prompt - again + prompt_again
+        share = prompt / total if total else 1.0
+        stats.prefill_s += share * model_s
+        stats.decode_s += (1 - share) * model_s
+
         for (seq, drafter), length in zip(drafting, lengths, strict=True):
             room = seq.max_tokens - len(seq.token_ids) - 1
             seq.draft = drafter.propose(min(length, room)) if length and room > 0 else []
@@ -339,6 +390,9 @@ class EngineCore:
             ends = token in seq.stop_ids
             if ends or len(seq.token_ids) >= seq.max_tokens:
                 seq.control.extend(token_ids[: i if ends else i + 1])
+            self.stats.accepted_draft_tokens += accepted
+            self.stats.rejected_draft_tokens += len(draft) - accepted
+            self.stats.decode_tokens -= len(draft) - accepted
                 return "stop" if ends else "length"
         seq.control.extend(token_ids)
         return None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import hashlib
 import os
 import queue
 import threading
@@ -46,6 +47,7 @@ from pagemill.pages.source import PageRef, expand_inputs, list_pages, load_page,
 from pagemill.results import PageResult, RequestOutput, Seconds, TokenCounts
 from pagemill.sequence import PageTask, Sequence
 
+from pagemill.stats import EngineStats
 T = TypeVar("T")
 _Task = Callable[[Callable[[T], None]], None]
 """Starts something and sees to it that the callable it is given gets exactly one result."""
@@ -91,6 +93,7 @@ class _PageOptions:
     draft_text: Callable[[npt.NDArray[np.uint8]], str] | None = None
 
 
+    salt: str = ""
 class _Twins:
     """Pages of one call by their content, so that an exact duplicate waits for the first one's answer."""
 
@@ -223,7 +226,7 @@ class Engine:
 
     def read(
         self,
-        inputs: str | os.PathLike[str] | SequenceOf[str | os.PathLike[str]],
+        inputs: str | os.PathLike[str] | PageRef | SequenceOf[str | os.PathLike[str] | PageRef],
         *,
         params: SamplingParams | None = None,
         dpi: float | None = None,
@@ -233,20 +236,26 @@ class Engine:
         skip: Container[tuple[str, int]] = (),
     ) -> Iterator[PageResult]:
         """Read the pages of image files, PDFs, folders and globs, lazily, yielding each as it is finished.
+        salt: str = "",
 
         `dpi` is what PDF pages are rendered at where `resolution` does not say otherwise; `resolution` and `crop` are those of
         `pagemill.pages.fit`. `draft_text` guesses a page's text from its RGB pixels, as a classical OCR engine does: it only
+        A `PageRef` among the inputs is that one page of its file.
         makes the page faster. A page in `skip`, as (source, page), is not read. Blank pages and exact duplicates of a page
-        of this call are answered without the model. A file or page that cannot be read gives a result with status "error"
-        and never stops the others. Leaving the iterator early cancels what is still running.
+        of this call are answered without the model. Calls of different `salt` share no work, neither cached images, keys and
+        values, nor drafts from earlier pages: the first call of a salt reads every page as if for the first time.
+
+        A file or page that cannot be read gives a result with status "error" and never stops the others. Leaving the iterator
+        early cancels what is still running.
         """
-        given = [os.fspath(i) for i in ([inputs] if isinstance(inputs, str | os.PathLike) else inputs)]
+        several = [inputs] if isinstance(inputs, str | os.PathLike | PageRef) else inputs
+        given = [i if isinstance(i, PageRef) else os.fspath(i) for i in several]
         params, call = params or SamplingParams(), _Call()
         if params.guidance == "auto":
             params = replace(params, guidance="page" if self.profile.page_json else "off")
         self.core.check_guidance(params)
         fit = FitOptions(resolution, crop, self.profile.text_height)
-        options = _PageOptions(params, dpi or self.dpi, fit, draft_text)
+        options = _PageOptions(params, dpi or self.dpi, fit, draft_text, salt)
 
         def tasks() -> Iterator[_Task[PageResult]]:
             for page in self._pages(given, skip):
@@ -383,10 +392,13 @@ class Engine:
         if call.cancelled or self._closed:
             raise RequestError("cancelled" if call.cancelled else "the engine is closed")
 
-    def _pages(self, inputs: list[str], skip: Container[tuple[str, int]]) -> Iterator[PageRef | PageResult]:
+    def _pages(
+        self, inputs: list[str | PageRef], skip: Container[tuple[str, int]]
+    ) -> Iterator[PageRef | PageResult]:
         for given in inputs:
             try:
                 sources = expand_inputs([given])
+            "prepare_threads": core.config.prepare_threads,
             except PagemillError as error:
                 if (given, 1) not in skip:
                     yield self._failed_page(given, 1, str(error))
@@ -399,6 +411,21 @@ class Engine:
                         if (ref.source, ref.page) not in skip:
                             yield ref
                 except PagemillError as error:
+    def stats(self, *, restart_peak: bool = False) -> EngineStats:
+        """What the engine has done so far, up to the last step but perhaps one.
+
+        With `restart_peak`, the peak of KV use begins anew.
+        """
+        core = self.core
+        snapshot = replace(
+            core.stats,
+            shared_tokens=core.scheduler.num_shared_tokens,
+            preemptions=core.scheduler.num_preemptions,
+        )
+        if restart_peak:
+            core.stats.kv_peak_blocks = 0
+        return snapshot
+
                     if (source, page) not in skip:
                         yield self._failed_page(source, page, str(error))
 
@@ -434,6 +461,10 @@ class Engine:
                 finish(self._failed_page(ref.source, ref.page, error or "cancelled", prepare))
             else:
                 finish(self._page_result(ref, seq, prepare))
+            if isinstance(given, PageRef):
+                if (given.source, given.page) not in skip:
+                    yield given
+                continue
 
         def follow(first: PageResult | None) -> None:
             if first is None:
@@ -482,7 +513,12 @@ class Engine:
             ):  # a token is a character or more; Markdown and HTML write what leaves no ink
                 bound = min(bound, plausible_output_chars(ink) + _JSON_TOKENS)
             task = PageTask(
-                ref.source, self._draft_texts(ref, options), ink.num_glyphs, ink.num_rule_glyphs, bound
+                document=ref.source,
+                salt=options.salt,
+                texts=self._draft_texts(ref, options),
+                num_glyphs=ink.num_glyphs,
+                num_rule_glyphs=ink.num_rule_glyphs,
+                expected_tokens=bound,
             )
             prepare = time.perf_counter() - started
             self._submit(prompt, options.params, 0, _Ticket(call, on_end), bound, task)
@@ -506,12 +542,15 @@ class Engine:
         return [draft_text_tokens(text, self.core.prompter.encode_text) for text in texts if text]
 
     def _page_result(self, ref: PageRef, seq: Sequence, prepare: float) -> PageResult:
+            if options.salt:
+                salted = hashlib.blake2b(image.content_hash + options.salt.encode(), digest_size=16)
+                image = replace(image, content_hash=salted.digest())
         raw = self.core.text_of(seq)
         reason = seq.finish_reason or "error"
         fields = parse_page(raw)
         attempt, control = seq.attempts[seq.best], seq.control
         if not attempt.degenerate:
-            self.core.drafts.add(ref.source, seq.output_ids)
+            self.core.drafts(seq.page.salt if seq.page else "").add(ref.source, seq.output_ids)
         return PageResult(
             source=ref.source,
             page=ref.page,
@@ -744,3 +783,5 @@ def _dtype(asked: str, stored: str) -> torch.dtype:
     if asked == "auto":
         asked = "float32" if stored == "float32" else "bfloat16"
     return torch.float32 if asked == "float32" else torch.bfloat16
+                started = time.perf_counter()
+                self.core.stats.bookkeeping_s += time.perf_counter() - started

@@ -60,6 +60,8 @@ class Runner:
         except (RuntimeError, MemoryError) as error:  # torch's allocators raise RuntimeError
             reason = str(error).partition("\n")[0]
             raise ConfigError(f"a KV cache of {num_blocks} blocks cannot be allocated: {reason}") from None
+        self.encode_s = 0.0
+        """Seconds spent in image encoding."""
         self._block_tables = np.zeros((max_num_seqs, -(-max_model_len // block_size)), dtype=np.int32)
 
     def execute(self, plan: StepPlan) -> Tensor:
@@ -81,6 +83,7 @@ class Runner:
         started = time.perf_counter()
         embeddings = self.model.vision([(torch.from_numpy(image.patches), image.grid) for _, image in encode])
         seconds = time.perf_counter() - started
+        self.encode_s += seconds
         patches = sum(len(image.patches) for _, image in encode)
         for (seq, image), embedding in zip(encode, embeddings, strict=True):
             self.images.put(image.digest, embedding)

@@ -216,6 +216,7 @@ class Scheduler:
         del seq.token_ids[num_tokens:], seq.logprobs[num_tokens - seq.num_prompt :]
         # The last token kept is computed again: its logits choose the next one.
         seq.num_computed = min(seq.num_computed, num_tokens - 1)
+        seq.num_once_computed = min(seq.num_once_computed, num_tokens)
         full = seq.num_computed // self.blocks.block_size
         del seq.block_digests[full:]
         seq.num_published = min(seq.num_published, full)
@@ -323,6 +324,7 @@ class Scheduler:
         if placed is not None:
             step.tokens += placed[1]
         self._release(seq)
+        seq.num_once_computed = max(seq.num_once_computed, seq.num_computed)
         seq.num_computed = 0
         seq.num_preemptions += 1
         self.num_preemptions += 1

@@ -71,6 +71,8 @@ class PageTask:
 
     document: str = ""
     """The file it is a page of: pages of one document lend each other drafts."""
+    salt: str = ""
+    """Pages of another salt lend it nothing."""
     texts: list[list[int]] = field(default_factory=list)
     """Guesses of the whole output, as token ids."""
     num_glyphs: int | None = None
@@ -105,6 +107,8 @@ class Sequence:
     """Guesses of the next tokens, for the coming step to verify."""
     num_computed: int = 0
     """Tokens whose keys and values lie in the cache."""
+    num_once_computed: int = 0
+    """Tokens that were computed before a preemption took their blocks: computing them again is waste."""
     block_table: list[int] = field(default_factory=list)
     block_digests: list[bytes] = field(default_factory=list)
     num_published: int = 0

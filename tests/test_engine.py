@@ -140,7 +140,7 @@ import sys, threading
 from pagemill import Engine
 engine = Engine.from_pretrained("pagemill-tiny")
 threading.Thread(target=lambda: list(engine.read(sys.argv[1])), daemon=True).start()
-while not engine.core.num_steps:
+while not engine.core.stats.steps:
     pass
 sys.exit(3)
 """
@@ -153,11 +153,11 @@ sys.exit(3)
 def test_a_page_without_print_is_answered_without_the_model(engine, tmp_path):
     for size in ((1, 1), (448, 672)):
         Image.new("RGB", size, "white").save(tmp_path / "blank.png")
-        steps = engine.core.num_steps
+        steps = engine.core.stats.steps
         (page,) = engine.read(str(tmp_path / "blank.png"))
         assert (page.status, page.shortcut, page.attempts) == ("ok", "blank", 0)
         assert (page.text, page.header, page.tokens.output) == (None, None, 0)
-        assert engine.core.num_steps == steps
+        assert engine.core.stats.steps == steps
 
 
 def test_a_one_pixel_image_is_read_like_any_other(engine):
@@ -333,7 +333,7 @@ def test_closing_while_readers_leave_early_hangs_nobody():
         readers.append(threading.Thread(target=lambda engine=engine: list(engine.read(files))))
         for reader in readers:
             reader.start()
-        while not engine.core.num_steps:
+        while not engine.core.stats.steps:
             pass
         engine.close()
         for reader in readers:
