@@ -1,4 +1,4 @@
-"""What steers one sequence's tokens: guidance, loop guard, rescue and drafts. Knows tokens alone.
+"""What steers one sequence's tokens: guidance, loop guard, rescue and drafts, or a reference to score. Knows tokens alone.
 
 Rescue. A loop is rolled back to the start of its second repetition, so that one good instance stays, and may not simply go on:
 the first time its continuation is banned (below), later the string that is being written is closed through the grammar, so
@@ -36,8 +36,11 @@ class Control:
         guide: Guide | None = None,
         guard: LoopDetector | None = None,
         drafter: Drafter | None = None,
+        reference: Sequence[int] | None = None,
     ) -> None:
+        """`reference` is the whole output, given: its tokens are not chosen, only their probabilities are wanted."""
         self.params = params
+        self.reference = reference
         self.sampling = SamplingState(params)
         self.guide, self.drafter = guide, drafter
         self._guard = guard

@@ -122,6 +122,8 @@ class Want(NamedTuple):
     history: Sequence[int]
     """Token ids so far, prompt included."""
     draft: Sequence[int] = ()
+    given: Sequence[int] | None = None
+    """The tokens of all `1 + len(draft)` rows, where they are not to be chosen but judged; the draft is their beginning."""
 
 
 def sample(
@@ -132,7 +134,7 @@ def sample(
     `logits` float32 `[R, V]` has `1 + len(draft)` rows for each want, in turn: after its history, and after each draft
     token. Every row's token is chosen as if it were alone; the first that differs from the draft is the last one taken,
     so a draft changes no output, sampled or greedy (the rows beyond it draw nothing). `mask` int32 `[R, ceil(V / 32)]`
-    says which tokens each row may give. Returns 1 to `1 + len(draft)` token ids for each want and their log-probabilities
+    says which tokens each row may give. Tokens that are given are taken as they are. Returns 1 to `1 + len(draft)` token ids for each want and their log-probabilities
     under the unmodified logits; one that is not finite marks a row whose logits were not.
     """
     tokens, logprobs = greedy(logits, mask)
@@ -140,8 +142,13 @@ def sample(
     chosen: list[list[int]] = []
     chosen_logprobs: list[list[float]] = []
     first = 0
-    for state, history, draft in wants:
-        if not draft and state.plain_greedy:
+    for state, history, draft, given in wants:
+        if given is not None:
+            rows = logits[first : first + len(given)]
+            picked = rows.gather(-1, torch.tensor(given, device=rows.device)[:, None])[:, 0]
+            chosen.append(list(given))
+            chosen_logprobs.append((picked - rows.logsumexp(-1)).tolist())
+        elif not draft and state.plain_greedy:
             chosen.append([best[first]])
             chosen_logprobs.append([best_logprobs[first]])
         else:
