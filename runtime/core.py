@@ -42,10 +42,9 @@ from pagemill.sequence import FinishedAttempt, PageTask, Sequence, SequenceImage
 from pagemill.stats import EngineStats
 
 _DEFAULT_MODEL_LEN = 32768
-_MAX_SALTS = 4  # whose outputs are remembered for drafts: some 25 MB each
 _MAX_DRAFT = 16  # tokens guessed for one sequence in one step
-_GIVEN_ROWS = 256  # tokens of references judged in one step: a row of logits takes up to 0.6 MB
 _ROWS_BESIDE = 48  # masks of fewer rows are made after the model has run: sooner than another thread takes over
+_MAX_SALTS = 4  # whose outputs are remembered for drafts: some 25 MB each
 _NOT_FINITE = "the model computed values that are not finite numbers; try float32, or check the checkpoint"
 _RETRY_TEMPERATURE = 0.3  # enough to leave the path that ended badly
 
@@ -112,9 +111,8 @@ class EngineCore:
         )
         self._draft_indexes: OrderedDict[str, DraftIndex] = OrderedDict()
         self.draft_budget = DraftBudget()
-        self.page_format = page_format or PageFormat()
         self._guides = GuideFactory(
-            prompter.tokenizer, text.vocab_size, model.config.eos_token_ids, self.page_format
+            prompter.tokenizer, text.vocab_size, model.config.eos_token_ids, page_format or PageFormat()
         )
         self._pieces = token_pieces(prompter.tokenizer, text.vocab_size)
         self._mask_thread = ThreadPoolExecutor(1, thread_name_prefix="pagemill-masks")
@@ -164,13 +162,10 @@ class EngineCore:
         max_new_tokens: int,
         priority: int = 0,
         page: PageTask | None = None,
-        reference: SequenceOf[int] | None = None,
     ) -> Sequence:
-        """Queue a request; `page` marks it as a page, `reference` is an output that is given and only to be scored.
+        """Queue a request; `page` marks it as a page.
 
-        A reference is a draft that is always accepted: its tokens and their log-probabilities become the sequence's, several
-        a step, and it ends with "stop". Raises `RequestError` if the prompt is empty or too long for the context or the KV
-        budget, its guidance is none, or the reference is empty or does not fit.
+        Raises `RequestError` if its prompt is empty or too long for the context or the KV budget, or its guidance is none.
         """
         if not isinstance(params, SamplingParams) or not isinstance(priority, int):
             raise RequestError("params should be SamplingParams and priority an integer")
@@ -187,13 +182,7 @@ class EngineCore:
             raise RequestError(
                 f"the prompt has {num_prompt} tokens, the KV cache holds {pool}; raise kv_cache_bytes or use a smaller image"
             )
-        if reference is not None and not 0 < len(reference) <= min(self.max_model_len, pool) - num_prompt:
-            raise RequestError(
-                f"the reference has {len(reference)} tokens after {num_prompt} of the prompt; it should have at least one, "
-                f"and both together at most {min(self.max_model_len, pool)} (max_model_len, kv_cache_bytes)"
-            )
         config = self.model.config
-        max_new = params.max_new_tokens or max_new_tokens if reference is None else len(reference)
         positions, delta = mrope_positions(
             num_prompt,
             [(image.start, image.grid) for image in prompt.images],
@@ -207,9 +196,9 @@ class EngineCore:
             positions=positions,
             position_delta=delta,
             params=params,
-            max_tokens=min(num_prompt + max_new, self.max_model_len, pool),
-            stop_ids=frozenset() if params.ignore_eos or reference else config.eos_token_ids,
-            control=self._control(params, page) if reference is None else Control(params, reference=reference),
+            max_tokens=min(num_prompt + (params.max_new_tokens or max_new_tokens), self.max_model_len, pool),
+            stop_ids=frozenset() if params.ignore_eos else config.eos_token_ids,
+            control=self._control(params, page),
             priority=priority,
             page=page,
             timeline=Timeline(arrived=time.perf_counter()),
@@ -241,8 +230,17 @@ class EngineCore:
             )
         return Control(params, guide=guide, guard=guard, drafter=drafter)
 
+    def drafts(self, salt: str) -> DraftIndex:
+        """Outputs of earlier pages of this salt. The few salts used last are remembered."""
+        index = self._draft_indexes.setdefault(salt, DraftIndex())
+        self._draft_indexes.move_to_end(salt)
+        if len(self._draft_indexes) > _MAX_SALTS:
+            self._draft_indexes.popitem(last=False)
+        return index
+
     def step(self) -> tuple[list[Sequence], list[Sequence]]:
         """Run one step. Returns the sequences that got tokens, and those of them (or others) that ended."""
+        begun = time.perf_counter()
         self._guess()
         plan = self.scheduler.schedule(time.perf_counter())
         if not plan.work and self.scheduler.has_work:
@@ -252,36 +250,34 @@ class EngineCore:
         masks: Future[npt.NDArray[np.int32]] | None = None
         if masked and sum(1 + len(draft) for _, draft in wanting) >= _ROWS_BESIDE:
             masks = self._mask_thread.submit(self._fill_masks, wanting)
+        encode_s = self.runner.encode_s
         started = time.perf_counter()
         logits = self.runner.execute(plan)
+        computed = time.perf_counter()
+        encode_s = self.runner.encode_s - encode_s
         mask: Tensor | None = None
         if masked:
-    def drafts(self, salt: str) -> DraftIndex:
-        """Outputs of earlier pages of this salt. The few salts used last are remembered."""
-        index = self._draft_indexes.setdefault(salt, DraftIndex())
-        self._draft_indexes.move_to_end(salt)
-        if len(self._draft_indexes) > _MAX_SALTS:
-            self._draft_indexes.popitem(last=False)
-        return index
-
             filled = self._fill_masks(wanting) if masks is None else masks.result()
             mask = torch.from_numpy(filled).to(logits.device)
-        begun = time.perf_counter()
-        wants = [Want(seq.control.sampling, seq.token_ids, draft, _given(seq, draft)) for seq, draft in wanting]
+        masks_made = time.perf_counter()
+        wants = [Want(seq.control.sampling, seq.token_ids, draft) for seq, draft in wanting]
         token_ids, logprobs = sample(logits, wants, self.model.decoder.kernels.greedy, mask)
         now = time.perf_counter()
+        stats = self.stats
+        self._count(plan, computed - started - encode_s)
+        stats.encode_s += encode_s
+        stats.masks_s += masks_made - computed
+        stats.sampling_s += now - masks_made
+        used = self.blocks.num_blocks - self.blocks.num_free
+        places = len(self.scheduler.running)
         if not plan.encode:
             self.draft_budget.observe(sum(n for _, n in plan.work), now - started)
         lengths = [len(seq.token_ids) for seq, _ in wanting]
         reasons = dict(self.scheduler.update(plan, token_ids, logprobs, now))
         finished: list[Sequence] = []
-        encode_s = self.runner.encode_s
         for (seq, draft), length, row in zip(wanting, lengths, logprobs, strict=True):
             if not all(map(isfinite, row)):
-        computed = time.perf_counter()
-        encode_s = self.runner.encode_s - encode_s
                 seq.error = seq.error or _NOT_FINITE
-        masks_made = time.perf_counter()
             reason = reasons.get(seq)
             if seq.error is None:
                 try:
@@ -291,39 +287,9 @@ class EngineCore:
             if seq.error is not None:
                 reason = "error"
             if reason is not None and (reason := self._settle(seq, reason)) is not None:
-        stats = self.stats
-        self._count(plan, computed - started - encode_s)
-        stats.encode_s += encode_s
-        stats.masks_s += masks_made - computed
-        stats.sampling_s += now - masks_made
-        used = self.blocks.num_blocks - self.blocks.num_free
-        places = len(self.scheduler.running)
                 self.scheduler.finish(seq, reason)
                 seq.timeline.finished = now
                 finished.append(seq)
-        return [seq for seq, _ in wanting], finished
-
-    def _guess(self) -> None:
-        """Give sequences that decode as many draft tokens as pay at the present load."""
-        drafting: list[tuple[Sequence, Drafter]] = []
-        others = 0
-        rows = _GIVEN_ROWS
-        for seq in self.scheduler.running:
-            behind = len(seq.token_ids) - seq.num_computed
-            if behind == 1 and seq.control.reference is not None:
-                done = len(seq.token_ids) - seq.num_prompt
-                seq.draft = list(seq.control.reference[done : done + rows][:-1])
-                rows -= len(seq.draft)
-                others += 1 + len(seq.draft)
-            elif behind == 1 and seq.control.drafter is not None:
-                drafting.append((seq, seq.control.drafter))
-            else:
-                others += behind
-        if not drafting:
-            return
-        lengths = self.draft_budget.lengths(
-            [drafter.acceptance for _, drafter in drafting],
-            _MAX_DRAFT,
                 stats.finished += 1
                 stats.output_tokens += len(seq.token_ids) - seq.num_prompt
                 stats.discarded_tokens += seq.num_discarded
@@ -332,8 +298,8 @@ class EngineCore:
         stats.place_seconds += places * (ended - begun)
         stats.kv_block_seconds += used * (ended - begun)
         stats.kv_peak_blocks = max(stats.kv_peak_blocks, used)
-            min(others, self.config.max_step_tokens),
-        )
+        return [seq for seq, _ in wanting], finished
+
     def _count(self, plan: StepPlan, model_s: float) -> None:
         """Count what a plan computes, before its tokens are taken; the decoder took `model_s` seconds."""
         stats, total, prompt, again, prompt_again = self.stats, 0, 0, 0, 0
@@ -355,6 +321,23 @@ class EngineCore:
         stats.prefill_s += share * model_s
         stats.decode_s += (1 - share) * model_s
 
+    def _guess(self) -> None:
+        """Give sequences that decode as many draft tokens as pay at the present load."""
+        drafting: list[tuple[Sequence, Drafter]] = []
+        others = 0
+        for seq in self.scheduler.running:
+            behind = len(seq.token_ids) - seq.num_computed
+            if behind == 1 and seq.control.drafter is not None:
+                drafting.append((seq, seq.control.drafter))
+            else:
+                others += behind
+        if not drafting:
+            return
+        lengths = self.draft_budget.lengths(
+            [drafter.acceptance for _, drafter in drafting],
+            _MAX_DRAFT,
+            min(others, self.config.max_step_tokens),
+        )
         for (seq, drafter), length in zip(drafting, lengths, strict=True):
             room = seq.max_tokens - len(seq.token_ids) - 1
             seq.draft = drafter.propose(min(length, room)) if length and room > 0 else []
@@ -377,13 +360,14 @@ class EngineCore:
     ) -> FinishReason | None:
         """Take note of the tokens a sequence got beyond `length`; the reason, if it has come to its end."""
         control, seq.draft = seq.control, []
-        if control.reference is not None:
-            return None if reason is None else "stop"
         new = seq.token_ids[length:]
         if draft and control.drafter is not None:
             accepted = min(len(new) - 1, len(draft))
             control.num_drafted += len(draft)
             control.num_accepted += accepted
+            self.stats.accepted_draft_tokens += accepted
+            self.stats.rejected_draft_tokens += len(draft) - accepted
+            self.stats.decode_tokens -= len(draft) - accepted
             control.drafter.feedback(len(draft), accepted)
         loop = control.extend(new[:-1] if reason == "stop" else new)
         if loop is not None:
@@ -409,9 +393,6 @@ class EngineCore:
             ends = token in seq.stop_ids
             if ends or len(seq.token_ids) >= seq.max_tokens:
                 seq.control.extend(token_ids[: i if ends else i + 1])
-            self.stats.accepted_draft_tokens += accepted
-            self.stats.rejected_draft_tokens += len(draft) - accepted
-            self.stats.decode_tokens -= len(draft) - accepted
                 return "stop" if ends else "length"
         seq.control.extend(token_ids)
         return None
@@ -454,7 +435,7 @@ class EngineCore:
             reason,
             valid=seq.params.guidance != "page" or is_json_object(raw),
             loops=len(seq.control.events) - sum(attempt.verdict.loops for attempt in seq.attempts),
-            confidence=confidence(self.pieces_of(output), seq.logprobs),
+            confidence=confidence([self._pieces[token] for token in output], seq.logprobs),
             mismatch=text_mismatch(num_chars, seq.page.num_glyphs, seq.page.num_rule_glyphs),
         )
         degenerate = is_degenerate(self.prompter.decode(output), reason)
@@ -472,23 +453,11 @@ class EngineCore:
         cuts = [at for stop in seq.params.stop if (at := text.find(stop)) >= 0]
         return text[: min(cuts)] if cuts else text
 
-    def pieces_of(self, token_ids: SequenceOf[int]) -> list[bytes]:
-        """The bytes of each token; special tokens have none."""
-        return [self._pieces[token] for token in token_ids]
-
     def _hit_stop_string(self, seq: Sequence) -> bool:
         # A character takes at most four byte-level tokens, so a stop string that has just ended lies in this tail.
         tail = 4 * max(len(stop) for stop in seq.params.stop) + 4
         text = self.prompter.decode(seq.token_ids[max(seq.num_prompt, len(seq.token_ids) - tail) :])
         return any(stop in text for stop in seq.params.stop)
-
-
-def _given(seq: Sequence, draft: list[int]) -> SequenceOf[int] | None:
-    """The next tokens of a sequence whose output is given: one more than its draft."""
-    if (reference := seq.control.reference) is None:
-        return None
-    done = len(seq.token_ids) - seq.num_prompt
-    return reference[done : done + 1 + len(draft)]
 
 
 def _free_memory(device: torch.device) -> int:

@@ -16,7 +16,7 @@ import time
 import warnings
 import weakref
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable, Container, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Container, Iterator
 from collections.abc import Sequence as SequenceOf
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -31,7 +31,6 @@ import torch
 from pagemill import kernels
 from pagemill.config import EngineConfig
 from pagemill.core import EngineCore, TokenizedPrompt
-from pagemill.decode.alignment import FAILED, Alignment, field_bits, reference_answer
 from pagemill.decode.drafts import draft_text_tokens
 from pagemill.decode.guidance import PageFormat
 from pagemill.decode.page import parse_page
@@ -41,21 +40,20 @@ from pagemill.errors import CheckpointError, ConfigError, PagemillError, Request
 from pagemill.model.config import read_config
 from pagemill.model.loader import find_checkpoint, load_model
 from pagemill.model.prompt import Profile, Prompter, page_messages, read_profile
-from pagemill.pages.fit import FitOptions, Resolution, fit_page, fit_pixels
+from pagemill.pages.fit import FitOptions, Resolution, fit_page
 from pagemill.pages.ink import plausible_output_chars
 from pagemill.pages.preprocess import ImageProcessor, PreparedImage
 from pagemill.pages.source import PageRef, expand_inputs, list_pages, load_page, page_text
 from pagemill.results import PageResult, RequestOutput, Seconds, TokenCounts
 from pagemill.sequence import PageTask, Sequence
-
 from pagemill.stats import EngineStats
+
 T = TypeVar("T")
 _Task = Callable[[Callable[[T], None]], None]
 """Starts something and sees to it that the callable it is given gets exactly one result."""
 
 _MAX_ANSWERS = 4096  # finished pages of a call that later duplicates can be answered with: some 20 MB
 _JSON_TOKENS = 64  # a page's keys and punctuation, generously
-_SCORED = SamplingParams(guidance="off", guard="off", drafts="off", max_retries=0)
 
 _open_engines: weakref.WeakSet[Engine] = weakref.WeakSet()
 
@@ -93,9 +91,9 @@ class _PageOptions:
     dpi: float
     fit: FitOptions
     draft_text: Callable[[npt.NDArray[np.uint8]], str] | None = None
-
-
     salt: str = ""
+
+
 class _Twins:
     """Pages of one call by their content, so that an exact duplicate waits for the first one's answer."""
 
@@ -236,13 +234,13 @@ class Engine:
         crop: bool = False,
         draft_text: Callable[[npt.NDArray[np.uint8]], str] | None = None,
         skip: Container[tuple[str, int]] = (),
+        salt: str = "",
     ) -> Iterator[PageResult]:
         """Read the pages of image files, PDFs, folders and globs, lazily, yielding each as it is finished.
-        salt: str = "",
 
+        A `PageRef` among the inputs is that one page of its file.
         `dpi` is what PDF pages are rendered at where `resolution` does not say otherwise; `resolution` and `crop` are those of
         `pagemill.pages.fit`. `draft_text` guesses a page's text from its RGB pixels, as a classical OCR engine does: it only
-        A `PageRef` among the inputs is that one page of its file.
         makes the page faster. A page in `skip`, as (source, page), is not read. Blank pages and exact duplicates of a page
         of this call are answered without the model. Calls of different `salt` share no work, neither cached images, keys and
         values, nor drafts from earlier pages: the first call of a salt reads every page as if for the first time.
@@ -285,49 +283,6 @@ class Engine:
         finally:
             self._cancel(call)
         return [outputs[i] for i in range(len(requests))]
-
-    def score(
-        self,
-        pages: SequenceOf[Image | PageRef],
-        texts: SequenceOf[str | Mapping[str, str | None]],
-        *,
-        dpi: float | None = None,
-        resolution: Resolution = "auto",
-        crop: bool = False,
-    ) -> Iterator[Alignment]:
-        """Tell how well the model expects what pages say: bits per character of `texts[i]`, given `pages[i]`; generates nothing.
-
-        A text is a page's fields, or a string (`decode.alignment.reference_answer`); it is put in the model's own form, and the
-        page is shown as `read` shows it. Results come in the order of the pages, lazily. A page that cannot be scored has its
-        reason in `error` and never stops the others. Leaving the iterator early cancels what is still running. Raises
-        `RequestError` if there are not as many texts as pages.
-        """
-        if len(pages) != len(texts):
-            raise RequestError(f"there are {len(pages)} pages with {len(texts)} texts: each page needs its own")
-        options = _PageOptions(_SCORED, dpi or self.dpi, FitOptions(resolution, crop, self.profile.text_height))
-        return self._score(pages, texts, options)
-
-    def _score(
-        self,
-        pages: SequenceOf[Image | PageRef],
-        texts: SequenceOf[str | Mapping[str, str | None]],
-        options: _PageOptions,
-    ) -> Iterator[Alignment]:
-        call = _Call()
-        tasks = (
-            partial(self._start, self._score_page, i, page, text, options, call)
-            for i, (page, text) in enumerate(zip(pages, texts, strict=True))
-        )
-        early: dict[int, Alignment] = {}
-        at = 0
-        try:
-            for i, alignment in self._flow(tasks):
-                early[i] = alignment
-                while at in early:
-                    yield early.pop(at)
-                    at += 1
-        finally:
-            self._cancel(call)
 
     def _flow(self, tasks: Iterator[_Task[T]]) -> Iterator[T]:
         """Start tasks, a bounded number ahead, and yield what each delivers, in order of completion.
@@ -392,6 +347,7 @@ class Engine:
             "max_model_len": core.max_model_len,
             "max_num_seqs": core.config.max_num_seqs,
             "max_step_tokens": core.config.max_step_tokens,
+            "prepare_threads": core.config.prepare_threads,
             "kv_cache_bytes": core.kv_cache_bytes,
             "kv_cache_blocks": core.blocks.num_blocks,
             "kv_block_size": block_size,
@@ -403,6 +359,21 @@ class Engine:
             "max_new_tokens": self.max_new_tokens,
             "load_seconds": round(self.load_seconds, 3),
         }
+
+    def stats(self, *, restart_peak: bool = False) -> EngineStats:
+        """What the engine has done so far, up to the last step but perhaps one.
+
+        With `restart_peak`, the peak of KV use begins anew.
+        """
+        core = self.core
+        snapshot = replace(
+            core.stats,
+            shared_tokens=core.scheduler.num_shared_tokens,
+            preemptions=core.scheduler.num_preemptions,
+        )
+        if restart_peak:
+            core.stats.kv_peak_blocks = 0
+        return snapshot
 
     def close(self) -> None:
         """Cancel what runs and end the engine's threads."""
@@ -441,9 +412,12 @@ class Engine:
         self, inputs: list[str | PageRef], skip: Container[tuple[str, int]]
     ) -> Iterator[PageRef | PageResult]:
         for given in inputs:
+            if isinstance(given, PageRef):
+                if (given.source, given.page) not in skip:
+                    yield given
+                continue
             try:
                 sources = expand_inputs([given])
-            "prepare_threads": core.config.prepare_threads,
             except PagemillError as error:
                 if (given, 1) not in skip:
                     yield self._failed_page(given, 1, str(error))
@@ -456,21 +430,6 @@ class Engine:
                         if (ref.source, ref.page) not in skip:
                             yield ref
                 except PagemillError as error:
-    def stats(self, *, restart_peak: bool = False) -> EngineStats:
-        """What the engine has done so far, up to the last step but perhaps one.
-
-        With `restart_peak`, the peak of KV use begins anew.
-        """
-        core = self.core
-        snapshot = replace(
-            core.stats,
-            shared_tokens=core.scheduler.num_shared_tokens,
-            preemptions=core.scheduler.num_preemptions,
-        )
-        if restart_peak:
-            core.stats.kv_peak_blocks = 0
-        return snapshot
-
                     if (source, page) not in skip:
                         yield self._failed_page(source, page, str(error))
 
@@ -506,10 +465,6 @@ class Engine:
                 finish(self._failed_page(ref.source, ref.page, error or "cancelled", prepare))
             else:
                 finish(self._page_result(ref, seq, prepare))
-            if isinstance(given, PageRef):
-                if (given.source, given.page) not in skip:
-                    yield given
-                continue
 
         def follow(first: PageResult | None) -> None:
             if first is None:
@@ -533,6 +488,9 @@ class Engine:
         try:
             self._check_open(call)
             image, ink = fit_page(ref, options.dpi, options.fit, self.processor)
+            if options.salt:
+                salted = hashlib.blake2b(image.content_hash + options.salt.encode(), digest_size=16)
+                image = replace(image, content_hash=salted.digest())
             prepare = time.perf_counter() - started
             if ink.blank:
                 deliver(
@@ -587,9 +545,6 @@ class Engine:
         return [draft_text_tokens(text, self.core.prompter.encode_text) for text in texts if text]
 
     def _page_result(self, ref: PageRef, seq: Sequence, prepare: float) -> PageResult:
-            if options.salt:
-                salted = hashlib.blake2b(image.content_hash + options.salt.encode(), digest_size=16)
-                image = replace(image, content_hash=salted.digest())
         raw = self.core.text_of(seq)
         reason = seq.finish_reason or "error"
         fields = parse_page(raw)
@@ -667,53 +622,6 @@ class Engine:
         except Exception as error:
             on_end(None, _sentence(error))
 
-    def _score_page(
-        self,
-        number: int,
-        page: Image | PageRef,
-        text: str | Mapping[str, str | None],
-        options: _PageOptions,
-        call: _Call,
-        deliver: Callable[[tuple[int, Alignment]], None],
-    ) -> None:
-        """Prepare one page with its reference and queue it; whatever happens, `deliver` gets exactly one result, with `number`."""
-        started = time.perf_counter()
-        ref = PageRef(page, 1) if isinstance(page, str) else page if isinstance(page, PageRef) else None
-        source, number_in_source = ("", number + 1) if ref is None else (ref.source, ref.page)
-        prepare = 0.0
-
-        def on_end(seq: Sequence | None, error: str | None) -> None:
-            error = error or ("cancelled" if seq is None or seq.finish_reason != "stop" else None)
-            if seq is None or error is not None:
-                alignment = Alignment(source, number_in_source, FAILED, {}, error=error)
-            else:
-                pieces = self.core.pieces_of(seq.output_ids)
-                alignment = Alignment(
-                    source,
-                    number_in_source,
-                    *field_bits(pieces, seq.logprobs),
-                    tokens=_tokens(seq),
-                    seconds=_seconds(seq, prepare),
-                    logprobs=seq.logprobs,
-                )
-            deliver((number, alignment))
-
-        try:
-            self._check_open(call)
-            if ref is not None:
-                image, _ = fit_page(ref, options.dpi, options.fit, self.processor)
-            elif isinstance(page, PreparedImage):
-                image = page
-            else:
-                image, _ = fit_pixels(np.asarray(page), options.fit, self.processor)
-            prompt = self.core.tokenize(self.page_prompt, [image])
-            answer = reference_answer(text, self.core.page_format if self.profile.page_json else None)
-            reference = self.core.prompter.encode_text(answer)
-            prepare = time.perf_counter() - started
-            self._submit(prompt, options.params, 0, _Ticket(call, on_end), reference=reference)
-        except Exception as error:  # one page's surprise must not cost another page
-            on_end(None, _sentence(error))
-
     def _prepare_image(self, image: Image) -> PreparedImage:
         if isinstance(image, PreparedImage):
             return image
@@ -739,13 +647,11 @@ class Engine:
         ticket: _Ticket,
         max_new_tokens: int | None = None,
         page: PageTask | None = None,
-        reference: SequenceOf[int] | None = None,
     ) -> None:
         def command() -> None:
             try:
                 self._check_open(ticket.call)
-                most = max_new_tokens or self.max_new_tokens
-                seq = self.core.add(prompt, params, most, priority, page, reference)
+                seq = self.core.add(prompt, params, max_new_tokens or self.max_new_tokens, priority, page)
             except Exception as error:  # one request's surprise must not cost another
                 ticket.on_end(None, _sentence(error))
                 return
@@ -783,8 +689,10 @@ class Engine:
                     while not (self._inbox or self._closed or self.core.scheduler.has_work):
                         self._wake.wait()
                     commands, self._inbox = self._inbox, []
+                started = time.perf_counter()
                 while commands:
                     commands.pop(0)()
+                self.core.stats.bookkeeping_s += time.perf_counter() - started
                 if self.core.scheduler.has_work and not self._closed:
                     self._step()
         finally:  # also after a bug in a callback: nobody may wait forever
@@ -877,5 +785,3 @@ def _dtype(asked: str, stored: str) -> torch.dtype:
     if asked == "auto":
         asked = "float32" if stored == "float32" else "bfloat16"
     return torch.float32 if asked == "float32" else torch.bfloat16
-                started = time.perf_counter()
-                self.core.stats.bookkeeping_s += time.perf_counter() - started
