@@ -43,7 +43,8 @@ from pagemill.stats import EngineStats
 
 _DEFAULT_MODEL_LEN = 32768
 _MAX_DRAFT = 16  # tokens guessed for one sequence in one step
-_ROWS_BESIDE = 48  # masks of fewer rows are made after the model has run: sooner than another thread takes over
+_GIVEN_ROWS = 256  # tokens of references judged in one step: a row of logits takes up to 0.6 MB
+_ROWS_BESIDE = 48  # masks of fewer rows are made after the model has run: another thread takes over later
 _MAX_SALTS = 4  # whose outputs are remembered for drafts: some 25 MB each
 _NOT_FINITE = "the model computed values that are not finite numbers; try float32, or check the checkpoint"
 _RETRY_TEMPERATURE = 0.3  # enough to leave the path that ended badly
@@ -111,8 +112,9 @@ class EngineCore:
         )
         self._draft_indexes: OrderedDict[str, DraftIndex] = OrderedDict()
         self.draft_budget = DraftBudget()
+        self.page_format = page_format or PageFormat()
         self._guides = GuideFactory(
-            prompter.tokenizer, text.vocab_size, model.config.eos_token_ids, page_format or PageFormat()
+            prompter.tokenizer, text.vocab_size, model.config.eos_token_ids, self.page_format
         )
         self._pieces = token_pieces(prompter.tokenizer, text.vocab_size)
         self._mask_thread = ThreadPoolExecutor(1, thread_name_prefix="pagemill-masks")
@@ -162,10 +164,13 @@ class EngineCore:
         max_new_tokens: int,
         priority: int = 0,
         page: PageTask | None = None,
+        reference: SequenceOf[int] | None = None,
     ) -> Sequence:
-        """Queue a request; `page` marks it as a page.
+        """Queue a request; `page` marks it as a page, `reference` is an output that is given and only to be scored.
 
-        Raises `RequestError` if its prompt is empty or too long for the context or the KV budget, or its guidance is none.
+        A reference is a draft that is always accepted: its tokens and their log-probabilities become the sequence's, several
+        a step, and it ends with "stop". Raises `RequestError` if the prompt is empty or too long for the context or the KV
+        budget, its guidance is none, or the reference is empty or does not fit.
         """
         if not isinstance(params, SamplingParams) or not isinstance(priority, int):
             raise RequestError("params should be SamplingParams and priority an integer")
@@ -182,7 +187,13 @@ class EngineCore:
             raise RequestError(
                 f"the prompt has {num_prompt} tokens, the KV cache holds {pool}; raise kv_cache_bytes or use a smaller image"
             )
+        if reference is not None and not 0 < len(reference) <= min(self.max_model_len, pool) - num_prompt:
+            raise RequestError(
+                f"the reference has {len(reference)} tokens after {num_prompt} of the prompt; it should have at least one, "
+                f"and both together at most {min(self.max_model_len, pool)} (max_model_len, kv_cache_bytes)"
+            )
         config = self.model.config
+        max_new = params.max_new_tokens or max_new_tokens if reference is None else len(reference)
         positions, delta = mrope_positions(
             num_prompt,
             [(image.start, image.grid) for image in prompt.images],
@@ -196,9 +207,9 @@ class EngineCore:
             positions=positions,
             position_delta=delta,
             params=params,
-            max_tokens=min(num_prompt + (params.max_new_tokens or max_new_tokens), self.max_model_len, pool),
-            stop_ids=frozenset() if params.ignore_eos else config.eos_token_ids,
-            control=self._control(params, page),
+            max_tokens=min(num_prompt + max_new, self.max_model_len, pool),
+            stop_ids=frozenset() if params.ignore_eos or reference else config.eos_token_ids,
+            control=self._control(params, page, reference),
             priority=priority,
             page=page,
             timeline=Timeline(arrived=time.perf_counter()),
@@ -213,7 +224,11 @@ class EngineCore:
         if params.guidance not in ("auto", "off"):
             self._guides.compile(params.guidance)  # type: ignore[arg-type]
 
-    def _control(self, params: SamplingParams, page: PageTask | None) -> Control:
+    def _control(
+        self, params: SamplingParams, page: PageTask | None, reference: SequenceOf[int] | None
+    ) -> Control:
+        if reference is not None:
+            return Control(params, reference=reference)
         guide = guard = drafter = None
         if params.guidance not in ("auto", "off"):
             guide = self._guides.start(self._guides.compile(params.guidance))  # type: ignore[arg-type]
@@ -260,7 +275,9 @@ class EngineCore:
             filled = self._fill_masks(wanting) if masks is None else masks.result()
             mask = torch.from_numpy(filled).to(logits.device)
         masks_made = time.perf_counter()
-        wants = [Want(seq.control.sampling, seq.token_ids, draft) for seq, draft in wanting]
+        wants = [
+            Want(seq.control.sampling, seq.token_ids, draft, _given(seq, draft)) for seq, draft in wanting
+        ]
         token_ids, logprobs = sample(logits, wants, self.model.decoder.kernels.greedy, mask)
         now = time.perf_counter()
         stats = self.stats
@@ -325,9 +342,15 @@ class EngineCore:
         """Give sequences that decode as many draft tokens as pay at the present load."""
         drafting: list[tuple[Sequence, Drafter]] = []
         others = 0
+        rows = _GIVEN_ROWS
         for seq in self.scheduler.running:
             behind = len(seq.token_ids) - seq.num_computed
-            if behind == 1 and seq.control.drafter is not None:
+            if behind == 1 and seq.control.reference is not None:
+                done = len(seq.token_ids) - seq.num_prompt
+                seq.draft = list(seq.control.reference[done : done + rows][:-1])
+                rows -= len(seq.draft)
+                others += 1 + len(seq.draft)
+            elif behind == 1 and seq.control.drafter is not None:
                 drafting.append((seq, seq.control.drafter))
             else:
                 others += behind
@@ -360,6 +383,8 @@ class EngineCore:
     ) -> FinishReason | None:
         """Take note of the tokens a sequence got beyond `length`; the reason, if it has come to its end."""
         control, seq.draft = seq.control, []
+        if control.reference is not None:
+            return None if reason is None else "stop"
         new = seq.token_ids[length:]
         if draft and control.drafter is not None:
             accepted = min(len(new) - 1, len(draft))
@@ -435,7 +460,7 @@ class EngineCore:
             reason,
             valid=seq.params.guidance != "page" or is_json_object(raw),
             loops=len(seq.control.events) - sum(attempt.verdict.loops for attempt in seq.attempts),
-            confidence=confidence([self._pieces[token] for token in output], seq.logprobs),
+            confidence=confidence(self.pieces_of(output), seq.logprobs),
             mismatch=text_mismatch(num_chars, seq.page.num_glyphs, seq.page.num_rule_glyphs),
         )
         degenerate = is_degenerate(self.prompter.decode(output), reason)
@@ -453,11 +478,23 @@ class EngineCore:
         cuts = [at for stop in seq.params.stop if (at := text.find(stop)) >= 0]
         return text[: min(cuts)] if cuts else text
 
+    def pieces_of(self, token_ids: SequenceOf[int]) -> list[bytes]:
+        """The bytes of each token; special tokens have none."""
+        return [self._pieces[token] for token in token_ids]
+
     def _hit_stop_string(self, seq: Sequence) -> bool:
         # A character takes at most four byte-level tokens, so a stop string that has just ended lies in this tail.
         tail = 4 * max(len(stop) for stop in seq.params.stop) + 4
         text = self.prompter.decode(seq.token_ids[max(seq.num_prompt, len(seq.token_ids) - tail) :])
         return any(stop in text for stop in seq.params.stop)
+
+
+def _given(seq: Sequence, draft: list[int]) -> SequenceOf[int] | None:
+    """The next tokens of a sequence whose output is given: one more than its draft."""
+    if (reference := seq.control.reference) is None:
+        return None
+    done = len(seq.token_ids) - seq.num_prompt
+    return reference[done : done + 1 + len(draft)]
 
 
 def _free_memory(device: torch.device) -> int:

@@ -16,7 +16,7 @@ import time
 import warnings
 import weakref
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable, Container, Iterator
+from collections.abc import AsyncIterator, Callable, Container, Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -31,6 +31,7 @@ import torch
 from pagemill import kernels
 from pagemill.config import EngineConfig
 from pagemill.core import EngineCore, TokenizedPrompt
+from pagemill.decode.alignment import FAILED, Alignment, field_bits, reference_answer
 from pagemill.decode.drafts import draft_text_tokens
 from pagemill.decode.guidance import PageFormat
 from pagemill.decode.page import parse_page
@@ -40,7 +41,7 @@ from pagemill.errors import CheckpointError, ConfigError, PagemillError, Request
 from pagemill.model.config import read_config
 from pagemill.model.loader import find_checkpoint, load_model
 from pagemill.model.prompt import Profile, Prompter, page_messages, read_profile
-from pagemill.pages.fit import FitOptions, Resolution, fit_page
+from pagemill.pages.fit import FitOptions, Resolution, fit_page, fit_pixels
 from pagemill.pages.ink import plausible_output_chars
 from pagemill.pages.preprocess import ImageProcessor, PreparedImage
 from pagemill.pages.source import PageRef, expand_inputs, list_pages, load_page, page_text
@@ -54,6 +55,7 @@ _Task = Callable[[Callable[[T], None]], None]
 
 _MAX_ANSWERS = 4096  # finished pages of a call that later duplicates can be answered with: some 20 MB
 _JSON_TOKENS = 64  # a page's keys and punctuation, generously
+_SCORED = SamplingParams(guidance="off", guard="off", drafts="off", max_retries=0)
 
 _open_engines: weakref.WeakSet[Engine] = weakref.WeakSet()
 
@@ -283,6 +285,53 @@ class Engine:
         finally:
             self._cancel(call)
         return [outputs[i] for i in range(len(requests))]
+
+    def score(
+        self,
+        pages: SequenceOf[Image | PageRef],
+        texts: SequenceOf[str | Mapping[str, str | None]],
+        *,
+        dpi: float | None = None,
+        resolution: Resolution = "auto",
+        crop: bool = False,
+    ) -> Iterator[Alignment]:
+        """Tell how well the model expects what pages say: bits per character of `texts[i]`, given `pages[i]`; generates nothing.
+
+        A text is a page's fields, or a string (`decode.alignment.reference_answer`); it is put in the model's own form, and the
+        page is shown as `read` shows it. Results come in the order of the pages, lazily. A page that cannot be scored has its
+        reason in `error` and never stops the others. Leaving the iterator early cancels what is still running. Raises
+        `RequestError` if there are not as many texts as pages.
+        """
+        if len(pages) != len(texts):
+            raise RequestError(
+                f"there are {len(pages)} pages with {len(texts)} texts: each page needs its own"
+            )
+        options = _PageOptions(
+            _SCORED, dpi or self.dpi, FitOptions(resolution, crop, self.profile.text_height)
+        )
+        return self._score(pages, texts, options)
+
+    def _score(
+        self,
+        pages: SequenceOf[Image | PageRef],
+        texts: SequenceOf[str | Mapping[str, str | None]],
+        options: _PageOptions,
+    ) -> Iterator[Alignment]:
+        call = _Call()
+        tasks = (
+            partial(self._start, self._score_page, i, page, text, options, call)
+            for i, (page, text) in enumerate(zip(pages, texts, strict=True))
+        )
+        early: dict[int, Alignment] = {}
+        at = 0
+        try:
+            for i, alignment in self._flow(tasks):
+                early[i] = alignment
+                while at in early:
+                    yield early.pop(at)
+                    at += 1
+        finally:
+            self._cancel(call)
 
     def _flow(self, tasks: Iterator[_Task[T]]) -> Iterator[T]:
         """Start tasks, a bounded number ahead, and yield what each delivers, in order of completion.
@@ -622,6 +671,53 @@ class Engine:
         except Exception as error:
             on_end(None, _sentence(error))
 
+    def _score_page(
+        self,
+        number: int,
+        page: Image | PageRef,
+        text: str | Mapping[str, str | None],
+        options: _PageOptions,
+        call: _Call,
+        deliver: Callable[[tuple[int, Alignment]], None],
+    ) -> None:
+        """Prepare one page with its reference and queue it; `deliver` gets exactly one result, with `number`."""
+        started = time.perf_counter()
+        ref = PageRef(page, 1) if isinstance(page, str) else page if isinstance(page, PageRef) else None
+        source, number_in_source = ("", number + 1) if ref is None else (ref.source, ref.page)
+        prepare = 0.0
+
+        def on_end(seq: Sequence | None, error: str | None) -> None:
+            error = error or ("cancelled" if seq is None or seq.finish_reason != "stop" else None)
+            if seq is None or error is not None:
+                alignment = Alignment(source, number_in_source, FAILED, {}, error=error)
+            else:
+                pieces = self.core.pieces_of(seq.output_ids)
+                alignment = Alignment(
+                    source,
+                    number_in_source,
+                    *field_bits(pieces, seq.logprobs),
+                    tokens=_tokens(seq),
+                    seconds=_seconds(seq, prepare),
+                    logprobs=seq.logprobs,
+                )
+            deliver((number, alignment))
+
+        try:
+            self._check_open(call)
+            if ref is not None:
+                image, _ = fit_page(ref, options.dpi, options.fit, self.processor)
+            elif isinstance(page, PreparedImage):
+                image = page
+            else:
+                image, _ = fit_pixels(np.asarray(page), options.fit, self.processor)
+            prompt = self.core.tokenize(self.page_prompt, [image])
+            answer = reference_answer(text, self.core.page_format if self.profile.page_json else None)
+            reference = self.core.prompter.encode_text(answer)
+            prepare = time.perf_counter() - started
+            self._submit(prompt, options.params, 0, _Ticket(call, on_end), reference=reference)
+        except Exception as error:  # one page's surprise must not cost another page
+            on_end(None, _sentence(error))
+
     def _prepare_image(self, image: Image) -> PreparedImage:
         if isinstance(image, PreparedImage):
             return image
@@ -647,11 +743,13 @@ class Engine:
         ticket: _Ticket,
         max_new_tokens: int | None = None,
         page: PageTask | None = None,
+        reference: SequenceOf[int] | None = None,
     ) -> None:
         def command() -> None:
             try:
                 self._check_open(ticket.call)
-                seq = self.core.add(prompt, params, max_new_tokens or self.max_new_tokens, priority, page)
+                most = max_new_tokens or self.max_new_tokens
+                seq = self.core.add(prompt, params, most, priority, page, reference)
             except Exception as error:  # one request's surprise must not cost another
                 ticket.on_end(None, _sentence(error))
                 return
