@@ -134,8 +134,9 @@ def sample(
     `logits` float32 `[R, V]` has `1 + len(draft)` rows for each want, in turn: after its history, and after each draft
     token. Every row's token is chosen as if it were alone; the first that differs from the draft is the last one taken,
     so a draft changes no output, sampled or greedy (the rows beyond it draw nothing). `mask` int32 `[R, ceil(V / 32)]`
-    says which tokens each row may give. Tokens that are given are taken as they are. Returns 1 to `1 + len(draft)` token ids for each want and their log-probabilities
-    under the unmodified logits; one that is not finite marks a row whose logits were not.
+    says which tokens each row may give. Tokens that are given are taken as they are. Returns 1 to `1 + len(draft)` token ids
+    for each want and their log-probabilities under the unmodified logits; one that is not finite marks a row whose logits
+    were not.
     """
     tokens, logprobs = greedy(logits, mask)
     best, best_logprobs = tokens.tolist(), logprobs.tolist()
