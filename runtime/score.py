@@ -451,20 +451,33 @@ def summarize(pages: Sequence[PageScore]) -> dict[str, Any]:
     means("valid_json", [page.valid_json for page in pages])
     means("failed", [page.failed for page in pages])
 
-    parts = np.array([[share or (0.0, 0.0) for share in column] for column in shares.values()])
-    values = _ratio(parts.sum(axis=1))
-    low, high = _bootstrap(parts)
     tree: dict[str, Any] = {"pages": len(pages)}
-    for i, (path, column) in enumerate(shares.items()):
+    for path, numbers in ratios(shares).items():
         *branches, leaf = path.split(".")
         node = tree
         for branch in branches:
             node = node.setdefault(branch, {})
-        numbers = (None if math.isnan(x) else float(x) for x in (values[i], low[i], high[i]))
-        node[leaf] = dict(zip(("value", "low", "high"), numbers, strict=True)) | {
-            "pages": sum(share is not None for share in column)
-        }
+        node[leaf] = numbers
     return tree
+
+
+def ratios(
+    shares: Mapping[str, Sequence[tuple[float, float] | None]],
+) -> dict[str, dict[str, float | int | None]]:
+    """Return quotients of sums over pages, with bootstrap intervals: `value`, `low`, `high`, and `pages` that it is known for.
+
+    `shares` holds, by name, a dividend and a divisor for each page, None where it is not known; all lists are of the same
+    pages, at least one. A quotient of nothing is None.
+    """
+    parts = np.array([[share or (0.0, 0.0) for share in column] for column in shares.values()])
+    values = _ratio(parts.sum(axis=1))
+    low, high = _bootstrap(parts)
+    found: dict[str, dict[str, float | int | None]] = {}
+    for i, (name, column) in enumerate(shares.items()):
+        numbers = (None if math.isnan(x) else float(x) for x in (values[i], low[i], high[i]))
+        found[name] = dict(zip(("value", "low", "high"), numbers, strict=True))
+        found[name]["pages"] = sum(share is not None for share in column)
+    return found
 
 
 def _ratio(sums: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
