@@ -1,4 +1,4 @@
-"""The command line: `pagemill read`, `pagemill describe` and `pagemill score`."""
+"""The command line: `pagemill read`, `describe`, `score` and `bench`."""
 
 from __future__ import annotations
 
@@ -348,6 +348,168 @@ def score(
             Console().print(show(result))
 
 
+@app.command(
+    epilog="[bold]Exit code[/] 0: measured. 1: a page failed. 2: wrong usage, configuration or checkpoint, no page to read, or "
+    "the result cannot be written."
+)
+def bench(
+    inputs: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[INPUT...]",
+            help="Pages to read; by default the sample pages of the source tree, which are scored too.",
+        ),
+    ] = None,
+    model: _Model = "pagemill-tiny",
+    device: _DeviceOption = "cpu",
+    dtype: _DTypeOption = "auto",
+    concurrency: Annotated[
+        int, typer.Option("--concurrency", min=1, max=4096, metavar="N", help="Pages in the model at a time.")
+    ] = 32,
+    rate: Annotated[
+        float | None,
+        typer.Option(
+            "--rate",
+            min=1e-6,
+            max=1e6,
+            callback=_number,
+            metavar="R",
+            help="Pages that arrive in a second, at random; by default all are there.",
+        ),
+    ] = None,
+    pages: Annotated[
+        int | None,
+        typer.Option(
+            "--pages", min=1, metavar="N", help="Pages of a run; more than there are repeat them, cold."
+        ),
+    ] = None,
+    sweep: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--sweep",
+            metavar="NAME=A,B,...",
+            help="One run for each value of concurrency, rate, dtype, resolution, guard, guidance, drafts, threads, ...; "
+            "several sweeps multiply.",
+        ),
+    ] = None,
+    guard: Annotated[
+        Literal["rescue", "stop", "off"], typer.Option("--guard", help="As in `pagemill read`.")
+    ] = "rescue",
+    guidance: Annotated[
+        Literal["auto", "page", "off"], typer.Option("--guidance", help="As in `pagemill read`.")
+    ] = "auto",
+    drafts: Annotated[
+        Literal["auto", "off"], typer.Option("--drafts", help="As in `pagemill read`.")
+    ] = "auto",
+    resolution: Annotated[
+        str,
+        typer.Option(
+            "--resolution", callback=_resolution, metavar="auto|full|N", help="As in `pagemill read`."
+        ),
+    ] = "auto",
+    max_new_tokens: Annotated[
+        int | None, typer.Option("--max-new-tokens", min=1, metavar="N", help="Longest answer for a page.")
+    ] = None,
+    kv_cache_gb: Annotated[
+        float | None,
+        typer.Option(
+            "--kv-cache-gb",
+            min=0,
+            max=1e6,
+            callback=_number,
+            metavar="X",
+            help="Memory for the KV cache, in GB.",
+        ),
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option("--threads", min=1, max=4096, metavar="N", help="Threads of the kernels.")
+    ] = None,
+    warmup: Annotated[
+        int, typer.Option("--warmup", min=0, metavar="N", help="Pages read before a run, not counted.")
+    ] = 2,
+    repeats: Annotated[
+        int,
+        typer.Option("--repeats", min=1, max=1000, metavar="N", help="Runs of a point; the median counts."),
+    ] = 1,
+    seed: Annotated[
+        int, typer.Option("--seed", min=0, metavar="N", help="Of the order and the arrivals of pages.")
+    ] = 0,
+    price: Annotated[
+        str | None,
+        typer.Option(
+            "--price",
+            metavar="USD|GPU:PROVIDER",
+            help="What the machine costs an hour: dollars, or a price in the reference data (l4:aws, h100-sxm:spot).",
+        ),
+    ] = None,
+    truth: Annotated[
+        str | None,
+        typer.Option("--truth", metavar="TRUTH.jsonl", help="What the pages say, as for `pagemill score`."),
+    ] = None,
+    output: Annotated[
+        str | None,
+        typer.Option("-o", "--output", metavar="RESULT.json", help="File to write, after every run."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    debug: _Debug = False,
+) -> None:
+    """Measure pages a second, latency and cost on this machine.
+
+    Reads the pages and reports how fast they came out, when the first token was there,
+    where a page's time went, what was wasted, and what a page costs.
+
+    [bold]Examples[/]
+
+        pagemill bench
+
+        pagemill bench scans/ --truth truth.jsonl --price 0.35 -o result.json
+
+        pagemill bench --sweep concurrency=1,2,4,8,16 --sweep dtype=float32,bfloat16
+
+        pagemill bench --sweep rate=0.5,1,2,3 --pages 200
+    """
+    with _sentences(debug):
+        from pagemill.cost import bench as measure
+
+        base = measure.Settings(
+            model=model,
+            dtype=dtype,
+            device=device,
+            concurrency=concurrency,
+            rate=rate,
+            guard=guard,
+            guidance=guidance,
+            drafts=drafts,
+            resolution=resolution,
+            max_new_tokens=max_new_tokens,
+            kv_cache_gb=kv_cache_gb,
+            threads=threads,
+        )
+        runs = measure.sweep(base, sweep or [])
+        paid = None if price is None else measure.price_of(price)
+        if output is not None:
+            measure.check_writable(output)
+        load = measure.load_workload(
+            inputs or [], pages=pages, truth=truth, seed=seed, warmup=warmup, repeats=repeats
+        )
+        with measure.Progress(_stderr, len(runs), load) as progress:
+            result = measure.bench(
+                load,
+                runs,
+                load=lambda settings: _engine(settings.model, **settings.engine_options()),
+                price=paid,
+                on_run=progress.on_run,
+                on_page=progress.on_page,
+                on_result=None if output is None else lambda result: measure.write(result, output),
+            )
+        if as_json:
+            print(json.dumps(result, indent=1, ensure_ascii=False), flush=True)
+        else:
+            Console().print(measure.show(result))
+        if any(run["failed"] for run in result["runs"]):
+            raise typer.Exit(EXIT_PAGE_FAILED)
+
+
 def main() -> None:
     """Run the command line."""
     _interrupt_once_then_quit()
@@ -362,17 +524,21 @@ def _load(
     concurrency: int | None = None,
     kv_cache_gb: float | None = None,
 ) -> Engine:
+    options: dict[str, Any] = {"device": device, "dtype": dtype}
+    if concurrency is not None:
+        options["max_num_seqs"] = concurrency
+    if kv_cache_gb is not None:
+        options["kv_cache_bytes"] = int(kv_cache_gb * 1e9)
+    return _engine(model, **options)
+
+
+def _engine(model: str, **options: Any) -> Engine:
     # Torch's OpenMP threads would spin between its operations and take the cores from the native kernels'
     # own threads. OpenMP reads this once, when torch is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     from pagemill.engine import Engine
 
-    options: dict[str, Any] = {}
-    if concurrency is not None:
-        options["max_num_seqs"] = concurrency
-    if kv_cache_gb is not None:
-        options["kv_cache_bytes"] = int(kv_cache_gb * 1e9)
-    return Engine.from_pretrained(model, device=device, dtype=dtype, **options)
+    return Engine.from_pretrained(model, **options)
 
 
 def _loading(model: str) -> AbstractContextManager[object]:
