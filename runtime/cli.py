@@ -1,4 +1,4 @@
-"""The command line: `pagemill read`, `describe`, `score` and `bench`."""
+"""The command line: `pagemill read`, `describe`, `score`, `bench` and `compare`."""
 
 from __future__ import annotations
 
@@ -507,6 +507,145 @@ def bench(
         else:
             Console().print(measure.show(result))
         if any(run["failed"] for run in result["runs"]):
+            raise typer.Exit(EXIT_PAGE_FAILED)
+
+
+@app.command(
+    epilog="[bold]Exit code[/] 0: every engine read every page. 1: an engine could not be used, or a page failed. "
+    "2: wrong usage, no page with a truth, or the result cannot be written."
+)
+def compare(
+    inputs: Annotated[
+        list[str], typer.Argument(metavar="INPUT...", help="Images, PDF and TIFF files, folders, or globs.")
+    ],
+    truth: Annotated[
+        str,
+        typer.Option("--truth", metavar="TRUTH.jsonl", help="What the pages say, as for `pagemill score`."),
+    ],
+    engine: Annotated[
+        list[str],
+        typer.Option(
+            "--engine",
+            "-e",
+            metavar="NAME=SPEC",
+            help="A model of pagemill, openai:URL#MODEL, command:PROGRAM with {image}, or python:MODULE:FUNCTION. "
+            "Give it once for each engine.",
+        ),
+    ],
+    price: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--price",
+            metavar="[NAME=]PRICE",
+            help="What an engine costs: dollars an hour or GPU:PROVIDER, as for `pagemill bench`, USD/page, or "
+            "INPUT+OUTPUT/Mtoken. Without NAME, of all that have none.",
+        ),
+    ] = None,
+    alignment: Annotated[
+        bool,
+        typer.Option(
+            "--alignment",
+            help="For pagemill's engines: bits per character of the truth, given the page (nothing is generated).",
+        ),
+    ] = False,
+    max_new_tokens: Annotated[
+        int | None, typer.Option("--max-new-tokens", min=1, metavar="N", help="Longest answer for a page.")
+    ] = None,
+    concurrency: Annotated[
+        int | None,
+        typer.Option(
+            "--concurrency",
+            min=1,
+            max=4096,
+            metavar="N",
+            help="Pages in an engine at a time; by default 32 for pagemill, 8 for an endpoint, one a core for a program, "
+            "1 for a callable.",
+        ),
+    ] = None,
+    timeout: Annotated[
+        float,
+        typer.Option(
+            "--timeout",
+            min=0.1,
+            max=86400,
+            callback=_number,
+            metavar="S",
+            help="Seconds for a page of an endpoint or a program.",
+        ),
+    ] = 300.0,
+    dpi: Annotated[
+        float,
+        typer.Option(
+            "--dpi",
+            min=1,
+            max=2400,
+            callback=_number,
+            metavar="N",
+            help="PDF rendering for others than pagemill.",
+        ),
+    ] = 150.0,
+    device: _DeviceOption = "cpu",
+    dtype: _DTypeOption = "auto",
+    output: Annotated[
+        str | None,
+        typer.Option("-o", "--output", metavar="RESULT.json", help="File to write, after every engine."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    debug: _Debug = False,
+) -> None:
+    """Read the same pages with several engines: quality, stability, speed and cost side by side.
+
+    Pages without a row in TRUTH.jsonl are not read.
+    An engine that cannot be used costs itself alone, and so does a page that fails.
+
+    [bold]Examples[/]
+
+        pagemill compare scans/ --truth truth.jsonl -e tiny=pagemill-tiny -e "Tesseract=command:tesseract {image} - -l por"
+
+        pagemill compare scans/ --truth truth.jsonl -e vllm=openai:http://localhost:8000/v1#Dharma-AI/Dharma-OCR-LITE
+        --price vllm=1.99 -o result.json
+
+        pagemill compare scans/ --truth truth.jsonl -e a=./checkpoint-a -e b=./checkpoint-b --alignment
+    """
+    with _sentences(debug):
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as in `_engine`
+        from pagemill.cost import compare as comparison
+        from pagemill.cost.bench import Progress, Workload, check_writable, write
+        from pagemill.cost.engines import ReadOptions, parse_engine
+
+        specs = [parse_engine(given) for given in engine]
+        names = [spec.name for spec in specs]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise ConfigError(f"two engines are called {twice}: give each its own NAME=.")
+        prices = comparison.parse_prices(price or [], names)
+        if output is not None:
+            check_writable(output)
+        pages = comparison.select_pages(inputs, truth)
+        options = ReadOptions(
+            concurrency=concurrency,
+            max_new_tokens=max_new_tokens,
+            dpi=dpi,
+            timeout=timeout,
+            device=device,
+            dtype=dtype,
+        )
+        with Progress(_stderr, len(specs), Workload([], pages.refs, len(pages.refs))) as progress:
+            result = comparison.compare(
+                pages,
+                specs,
+                options,
+                prices=prices,
+                alignment=alignment,
+                workload={"inputs": inputs, "truth": truth},
+                on_run=progress.on_run,
+                on_page=progress.on_page,
+                on_result=None if output is None else lambda result: write(result, output),
+            )
+        if as_json:
+            print(json.dumps(result, indent=1, ensure_ascii=False), flush=True)
+        else:
+            Console().print(comparison.show(result))
+        if any(run["failed"] or run["error"] for run in result["runs"]):
             raise typer.Exit(EXIT_PAGE_FAILED)
 
 

@@ -674,7 +674,7 @@ class Progress:
         self._run, self._done, self._name = self._run + 1, 0, name
         self._say()
 
-    def on_page(self, _: PageResult) -> None:
+    def on_page(self, _: object = None) -> None:
         """A page is done; any thread may say so."""
         self._done += 1
         self._say()
