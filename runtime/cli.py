@@ -649,6 +649,257 @@ def compare(
             raise typer.Exit(EXIT_PAGE_FAILED)
 
 
+@app.command(
+    epilog="[bold]Exit code[/] 0: simulated. 2: wrong usage, an unknown device, price or shape, or pages that cannot fit."
+)
+def simulate(
+    device: Annotated[
+        str, typer.Option("--device", metavar="ID,...", help="GPUs of the reference data to try.")
+    ] = "h100-sxm",
+    shape: Annotated[
+        str,
+        typer.Option(
+            "--shape", metavar="3b|7b|DIR", help="Shape of the model, or a folder with a config.json."
+        ),
+    ] = "3b",
+    precision: Annotated[
+        str, typer.Option("--precision", metavar="NAME", help="bfloat16, fp8, int8, int4 or float32.")
+    ] = "bfloat16",
+    pages: Annotated[
+        int, typer.Option("--pages", min=1, max=100_000_000, metavar="N", help="Pages to read.")
+    ] = 10_000,
+    image_tokens: Annotated[
+        float,
+        typer.Option(
+            "--image-tokens", min=1, max=1e5, callback=_number, metavar="N", help="Of a page, on average."
+        ),
+    ] = 1518,
+    output_tokens: Annotated[
+        float,
+        typer.Option(
+            "--output-tokens", min=1, max=1e5, callback=_number, metavar="N", help="Of a page, on average."
+        ),
+    ] = 700,
+    spread: Annotated[
+        float,
+        typer.Option(
+            "--spread",
+            min=0,
+            max=3,
+            callback=_number,
+            metavar="X",
+            help="Log-normal scatter of output tokens: sigma.",
+        ),
+    ] = 0.4,
+    degeneration: Annotated[
+        float,
+        typer.Option(
+            "--degeneration", min=0, max=1, callback=_number, metavar="X", help="Share of looping pages."
+        ),
+    ] = 0.002,
+    guard: Annotated[
+        str, typer.Option("--guard", metavar="NAME,...", help="What is done about loops: off, stop, rescue.")
+    ] = "rescue",
+    max_new_tokens: Annotated[
+        int,
+        typer.Option(
+            "--max-new-tokens", min=1, max=1_000_000, metavar="N", help="Where a loop ends at the latest."
+        ),
+    ] = 8192,
+    concurrency: Annotated[
+        str, typer.Option("--concurrency", metavar="N,...", help="Pages in the batch at a time.")
+    ] = "128",
+    kv_cache_gb: Annotated[
+        str | None,
+        typer.Option(
+            "--kv-cache-gb", metavar="X,...", help="Memory for the KV cache; by default what is left."
+        ),
+    ] = None,
+    pages_per_day: Annotated[
+        float | None,
+        typer.Option(
+            "--pages-per-day",
+            min=1e-6,
+            max=1e12,
+            callback=_number,
+            metavar="N",
+            help="Pages arrive at random; by default all are there.",
+        ),
+    ] = None,
+    day: Annotated[
+        Literal["flat", "office"], typer.Option("--day", help="How arrivals spread over a day.")
+    ] = "flat",
+    order: Annotated[
+        Literal["arrival", "shortest", "longest", "oracle"],
+        typer.Option("--order", help="Of pages that are all there; oracle: longest output first."),
+    ] = "arrival",
+    price: Annotated[
+        str,
+        typer.Option(
+            "--price",
+            metavar="USD|KIND|PROVIDER",
+            help="Dollars an hour, or on-demand, spot, serverless, or a provider.",
+        ),
+    ] = "on-demand",
+    utilisation: Annotated[
+        float,
+        typer.Option(
+            "--utilisation",
+            min=0.001,
+            max=1,
+            callback=_number,
+            metavar="X",
+            help="Share of paid time in which pages are read.",
+        ),
+    ] = 0.7,
+    pages_per_month: Annotated[
+        float,
+        typer.Option(
+            "--pages-per-month",
+            min=1,
+            max=1e15,
+            callback=_number,
+            metavar="N",
+            help="To say how many devices it takes.",
+        ),
+    ] = 1e6,
+    against: Annotated[
+        str | None,
+        typer.Option("--against", metavar="API", help="A hosted service to hold the cost against."),
+    ] = None,
+    published: Annotated[
+        bool, typer.Option("--published", help="Hold the cost model against published speeds, and stop.")
+    ] = False,
+    seed: Annotated[
+        int, typer.Option("--seed", min=0, metavar="N", help="Of lengths, loops and arrivals.")
+    ] = 0,
+    output: Annotated[
+        str | None, typer.Option("-o", "--output", metavar="RESULT.json", help="File to write.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    debug: _Debug = False,
+) -> None:
+    """Say what a GPU would do with your pages, without one.
+
+    The engine's own scheduler and KV cache run, with the cost model's time in place of a
+    model. Lists are separated by commas; every combination is one run.
+
+    [bold]Examples[/]
+
+        pagemill simulate --device l4,l40s,h100-sxm --concurrency 32,128
+
+        pagemill simulate --degeneration 0.0242 --guard off,stop,rescue --shape 7b --device l40s
+
+        pagemill simulate --pages-per-day 500000 --day office --price spot --against aws/Textract
+
+        pagemill simulate --published
+    """
+    with _sentences(debug):
+        from pagemill.cost import scenario as ask
+        from pagemill.cost.bench import check_writable, write
+        from pagemill.cost.model import PageStats
+        from pagemill.cost.simulator import Degeneration, Workload
+
+        if published:
+            Console().print(ask.show_published())
+            return
+        if output is not None:
+            check_writable(output)
+        scenario = ask.Scenario(
+            workload=Workload(
+                pages=pages,
+                stats=PageStats(image_tokens, output_tokens, output_sigma=spread),
+                degeneration=Degeneration(degeneration),
+                max_new_tokens=max_new_tokens,
+                pages_per_day=pages_per_day,
+                day_profile=ask.OFFICE_DAY if day == "office" else (1.0,) * 24,
+                order=order,
+                seed=seed,
+            ),
+            devices=ask.words(device),
+            shape=shape,
+            precision=precision,
+            concurrency=ask.integers("concurrency", concurrency),
+            kv_cache_gb=(None,) if kv_cache_gb is None else ask.numbers("kv-cache-gb", kv_cache_gb),
+            guards=ask.guards(guard),
+            price=price,
+            utilisation=utilisation,
+            pages_per_month=pages_per_month,
+            against=against,
+        )
+        with _stderr.status("simulating") as status:
+            result = ask.answer(scenario, on_run=lambda name: status.update(f"simulating {escape(name)}"))
+        if output is not None:
+            write(result, output)
+        if as_json:
+            print(json.dumps(result, indent=1, ensure_ascii=False), flush=True)
+        else:
+            Console().print(ask.show(result))
+
+
+def _pages_per_month(value: str) -> int:
+    """What --pages-per-month says: a count, with k, M or G for thousands, millions and billions."""
+    factor = {"k": 10**3, "m": 10**6, "g": 10**9}.get(value[-1:].lower(), 1)
+    digits = value if factor == 1 else value[:-1].rstrip()
+    if not (digits.isascii() and digits.isdecimal() and len(digits) <= 12 and int(digits)):
+        raise ConfigError(f"--pages-per-month {value}: give a count of pages, such as 250000, 500k or 2M.")
+    return int(digits) * factor
+
+
+@app.command(
+    epilog="[bold]Exit code[/] 0: the page was written. 2: a result file cannot be read or is not of this version, or the page "
+    "cannot be written."
+)
+def report(
+    results: Annotated[
+        list[str],
+        typer.Argument(metavar="RESULTS.json...", help="What bench, compare and simulate wrote."),
+    ],
+    output: Annotated[
+        str, typer.Option("-o", "--output", metavar="OUT", help="Page to write; an older report is replaced.")
+    ] = "report.html",
+    pages_per_month: Annotated[
+        str, typer.Option("--pages-per-month", metavar="N", help="Volume of the verdict, such as 500k or 2M.")
+    ] = "2M",
+    usd_per_hour: Annotated[
+        float | None,
+        typer.Option(
+            "--usd-per-hour",
+            min=0,
+            max=1e6,
+            callback=_number,
+            metavar="X",
+            help="Price of the machine, for results that state none.",
+        ),
+    ] = None,
+    title: Annotated[str, typer.Option("--title", metavar="TEXT", help="Heading of the page.")] = "",
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Do not say what was written.")] = False,
+    debug: _Debug = False,
+) -> None:
+    """Write results as one HTML page: a verdict, quality against cost, stages, pages in time, sweeps.
+
+    The page needs no network and carries published prices and scores beside the results, with their sources.
+
+    [bold]Examples[/]
+
+        pagemill report sweep.json compare.json -o report.html
+
+        pagemill report sweep.json --usd-per-hour 0.71 --pages-per-month 500k
+    """
+    with _sentences(debug):
+        from pagemill.cost.report import write
+
+        size = write(
+            results,
+            output,
+            pages_per_month=_pages_per_month(pages_per_month),
+            usd_per_hour=usd_per_hour,
+            title=title,
+        )
+        if not quiet:
+            _say(f"{printable(output)}: {size / 1e6:.1f} MB, needs no network.")
+
+
 def main() -> None:
     """Run the command line."""
     _interrupt_once_then_quit()

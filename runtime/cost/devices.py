@@ -254,13 +254,21 @@ def find_price(device: str, which: str = "on-demand") -> Price:
 
 
 def find_api(id: str) -> ApiPrice:
-    """Return an API's price by its `provider/product`, or by the product's beginning. Raises `ConfigError` if there is none."""
+    """Return an API's price by its product, its `provider/product`, or the beginning of either.
+
+    Raises `ConfigError`, naming those there are.
+    """
     wanted = id.lower().replace(" ", "-")
+    beginning: ApiPrice | None = None
     for price in reference().api_prices:
-        product = price.product.lower().replace(" ", "-")
-        if wanted == price.id.lower() or product.startswith(wanted):
-            return price
-    raise ConfigError(f"unknown API {id!r}; known are {_listed(p.id for p in reference().api_prices)}")
+        for name in (price.id.lower(), price.id.lower().partition("/")[2]):
+            if name == wanted:
+                return price
+            if name.startswith(wanted) and beginning is None:
+                beginning = price
+    if beginning is None or not wanted:
+        raise ConfigError(f"unknown API {id!r}; known are {_listed(p.id for p in reference().api_prices)}")
+    return beginning
 
 
 def _listed(ids: Iterable[str]) -> str:

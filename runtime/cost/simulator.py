@@ -35,7 +35,7 @@ from pagemill.results import FinishReason
 from pagemill.scheduler import Scheduler, StepPlan
 from pagemill.sequence import Sequence, SequenceImage, Timeline
 
-Guard = Literal["off", "end", "rescue"]
+Guard = Literal["off", "stop", "rescue"]
 Order = Literal["arrival", "shortest", "longest", "oracle"]
 
 _FS = 1e15  # femtoseconds a second
@@ -64,9 +64,9 @@ class Degeneration:
     """Pages that begin to repeat themselves, and what is done about it."""
 
     rate: float = 0.0
-    """Share of pages."""
+    """Share of pages; which ones is drawn, how many is not."""
     guard: Guard = "off"
-    """`off`: they run to the cap. `end`: they end when the loop is found. `rescue`: they are rolled back and go on."""
+    """`off`: they run to the cap. `stop`: they end when the loop is found. `rescue`: they are rolled back and go on."""
     detect_tokens: int = 300
     """Tokens of a loop until it is found; 290 (median) to 630 (p90) with the guard of pagemill.decode.loops."""
     rescued: float = 0.8
@@ -78,8 +78,8 @@ class Degeneration:
                 raise ConfigError(
                     f"the {name} of degeneration should be a share from 0 to 1, got {getattr(self, name)!r}"
                 )
-        if self.guard not in ("off", "end", "rescue"):
-            raise ConfigError(f"guard should be off, end or rescue, got {self.guard!r}")
+        if self.guard not in ("off", "stop", "rescue"):
+            raise ConfigError(f"guard should be off, stop or rescue, got {self.guard!r}")
         if self.detect_tokens < 1:
             raise ConfigError(f"a loop is found after at least one token, got {self.detect_tokens}")
 
@@ -248,7 +248,7 @@ def draw(workload: Workload) -> dict[str, npt.NDArray[Any]]:
         output = stats.output_tokens * ratio * np.exp(sigma * random.standard_normal(n) - sigma * sigma / 2)
     image = np.maximum(np.rint(image), 1).astype(np.int64)
     output = np.clip(np.rint(output), 1, workload.max_new_tokens).astype(np.int64)
-    loops = random.random(n) < workload.degeneration.rate
+    loops = random.permutation(n) < round(workload.degeneration.rate * n)
     arrive = np.zeros(n)
     if workload.pages_per_day is not None:
         # Exponential gaps in the time in which the rate is one, mapped through the day's cumulated rate.
@@ -403,7 +403,7 @@ class _Simulation:
         found = start + d.detect_tokens
         if d.guard == "off" or found >= cap:
             return [(cap, "length")], 0
-        if d.guard == "end":
+        if d.guard == "stop":
             return [(found, "loop")], 0
         saved = drawn["saved"][number] and output > start
         return [good_end if saved else (found, "loop"), (found, "rescue")], start
