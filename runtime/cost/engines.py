@@ -474,19 +474,19 @@ class Endpoint(_Base):
         url, timeout = self._address.url, self._options.timeout
         connection = _connection(url, min(timeout, _CONNECT_TIMEOUT))
         late = threading.Event()
-
-        def expire() -> None:
-            late.set()
-            if (sock := connection.sock) is not None:
-                with suppress(OSError):  # past the TLS layer, which another thread is using
-                    socket.socket.shutdown(sock, socket.SHUT_RDWR)
-
         try:
             connection.connect()
         except (OSError, http.client.HTTPException) as error:
             connection.close()
             raise _Unreachable(_brief(error)) from None
-        connection.sock.settimeout(timeout)
+        sock = connection.sock  # the connection forgets it before the answer is read
+        sock.settimeout(timeout)
+
+        def expire() -> None:
+            late.set()
+            with suppress(OSError):  # past the TLS layer, which another thread is using
+                socket.socket.shutdown(sock, socket.SHUT_RDWR)
+
         timer = threading.Timer(timeout, expire)
         timer.start()
         try:
@@ -496,6 +496,8 @@ class Endpoint(_Base):
             connection.request("POST", f"{url.path.rstrip('/')}/chat/completions", body, headers)
             response = connection.getresponse()
             data = response.read(MAX_ANSWER_BYTES + 1)
+            if response.length and len(data) <= MAX_ANSWER_BYTES:
+                raise http.client.IncompleteRead(data, response.length)
         except (OSError, http.client.HTTPException, ValueError) as error:
             if late.is_set() or isinstance(error, TimeoutError):
                 raise _PageFailed(f"{self._where} took longer than {timeout:g} s") from None
