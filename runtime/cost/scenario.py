@@ -1,7 +1,7 @@
 """What `pagemill simulate` answers: which device, how many, which concurrency, what a loop guard is worth.
 
-Names in, a result file out. A scenario is one workload and every combination of devices, concurrencies, KV budgets and guards; the simulator runs each, and
-the closed-form model stands beside it.
+Names in, a result file out. A scenario is one workload and every combination of devices, concurrencies, KV budgets and
+guards; the simulator runs each, and the closed-form model stands beside it.
 """
 
 from __future__ import annotations
