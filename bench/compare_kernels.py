@@ -4,8 +4,9 @@
     python bench/compare_kernels.py OLD.json NEW.json
 
 One file: the fraction of its limit that every op reaches. Two: an op is slower (or faster) if its fastest round moved by more
-than the threshold, as other programs only ever add time, and its middle half of rounds lies wholly beyond the old one's. Both runs measured their machine: an op's seconds are
-taken relative to its limit in the same run, so that a slower clock is not the op's fault (`--absolute` compares seconds).
+than the threshold, as other programs only ever add time, and its middle half of rounds lies wholly beyond the old one's. Both
+runs measured their machine: an op's seconds are taken relative to its limit in the same run, so that a slower clock is not the
+op's fault (`--absolute` compares seconds).
 
 Exit code 0: nothing got slower. 1: something did, or an op of OLD is not in NEW. 2: a file cannot be compared.
 """

@@ -15,7 +15,12 @@ def write(path, ops, limit=1.0):
     rows = [
         {
             "name": name,
-            "stats": {"median": median, "q1": median * (1 - spread), "q3": median * (1 + spread)},
+            "stats": {
+                "min": median,
+                "median": median,
+                "q1": median * (1 - spread),
+                "q3": median * (1 + spread),
+            },
             "extra_info": {"limit_s": limit, "limited_by": "bandwidth", "fraction": limit / median},
         }
         for name, (median, spread) in ops.items()
@@ -63,7 +68,8 @@ def test_seconds_can_be_compared_as_they_are(tmp_path, monkeypatch, capsys):
 @given(st.floats(1e-7, 10), st.floats(1e-7, 10), st.floats(0, 0.9), st.floats(0, 1))
 def test_never_slower_both_ways(one, other, spread, threshold):
     def op(median):
-        return compare_kernels.Op(median, median * (1 - spread), median * (1 + spread), 1.0, "bandwidth", 1.0)
+        low, high = median * (1 - spread), median * (1 + spread)
+        return compare_kernels.Op(median, median, low, high, 1.0, "bandwidth", 1.0)
 
     there = compare_kernels.compare({"a": op(one)}, {"a": op(other)})[0]
     back = compare_kernels.compare({"a": op(other)}, {"a": op(one)})[0]
