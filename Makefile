@@ -1,7 +1,8 @@
 # make demo    read the sample pages and show what was read
 # make test    lint, types, layers, and the tests
 # make lint    the same without the tests
-# make bench   page preparation, scheduling, and pages/s against transformers, on this machine
+# make bench   page preparation, scheduling, pages/s, and pages/s against transformers, on this machine
+# make kernels every kernel as a fraction of this machine's limit
 # make clean   remove everything that was built
 
 PYTHON ?= python3
@@ -9,7 +10,7 @@ PY := .venv/bin/python
 INSTALLED := build/.installed
 SAMPLES := bench/pages/*.png bench/pages/*.pdf
 
-.PHONY: demo test lint bench clean FORCE
+.PHONY: demo test lint bench kernels clean FORCE
 
 demo: $(INSTALLED)
 	@mkdir -p out
@@ -29,7 +30,13 @@ lint: $(INSTALLED)
 bench: $(INSTALLED)
 	$(PY) bench/prepare.py
 	$(PY) bench/scheduler.py
+	.venv/bin/pagemill bench --sweep concurrency=1,4,16
 	$(PY) bench/compare_hf.py
+
+kernels: $(INSTALLED)
+	@mkdir -p out
+	$(PY) -m pytest bench/kernels --benchmark-json=out/kernels.json
+	$(PY) bench/compare_kernels.py out/kernels.json
 
 clean:
 	rm -rf .venv build dist out *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
