@@ -241,16 +241,23 @@ def load_workload(
 ) -> Workload:
     """List the pages of files, folders and globs; without any, the sample pages, whose truth is known.
 
-    `pages` is the length of a run, by default each page once. Raises `PageError` where there is no page, or an input cannot be
-    read, and `ScoreError` for a truth that cannot.
+    `pages` is the length of a run, by default each page once. A file that cannot be read stays in, as one page that fails.
+    Raises `PageError` where no file can be read, and `ScoreError` for a truth that cannot.
     """
     given, truth_file = list(inputs), None if truth is None else Path(truth)
     if not given:
         given, known = samples()
         truth_file = truth_file or known
-    refs = [ref for source in dict.fromkeys(expand_inputs(given)) for ref in list_pages(source)]
-    if not refs:
-        raise PageError(f"{printable(', '.join(given))[:500]}: there is no page to read.")
+    refs: list[PageRef] = []
+    broken: list[PageError] = []
+    for source in dict.fromkeys(expand_inputs(given)):
+        try:
+            refs += list_pages(source)
+        except PageError as error:
+            broken.append(error)
+            refs.append(PageRef(source, 1))
+    if len(broken) == len(refs):
+        raise broken[0] if broken else PageError(f"{printable(', '.join(given))[:500]}: there is no page.")
     if pages is not None and not 1 <= pages <= _MOST_PAGES:
         raise ConfigError(f"--pages should be from 1 to {_MOST_PAGES:,}, got {pages}.")
     shown = list(inputs) or ["the sample pages"]

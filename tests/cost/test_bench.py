@@ -135,6 +135,18 @@ def test_pages_come_no_sooner_than_they_arrive():
     assert all(page.finished >= page.arrived for page in seen)
 
 
+def test_a_broken_file_is_a_page_that_fails(tmp_path):
+    (tmp_path / "bad.png").write_bytes(b"no image")
+    good = str(PAGES / "prose_00.png")
+    load = bench.load_workload([good, str(tmp_path)], warmup=0)
+    engine = FakeEngine()
+    load = replace(load, refs=[replace(ref, source=Path(ref.source).name) for ref in load.refs])
+    run, _ = bench.measure(engine, load, bench.Settings(), "s")
+    assert (run["pages"], run["failed"]) == (1, 1)
+    with pytest.raises(PageError, match=r"bad\.png"):
+        bench.load_workload([str(tmp_path)])
+
+
 # What the numbers mean.
 
 
