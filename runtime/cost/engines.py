@@ -33,7 +33,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
@@ -176,8 +176,34 @@ def parse_engine(given: str) -> EngineSpec:
     return EngineSpec(name, spec, lambda options: Pagemill(spec, options))
 
 
+class _Deadline:
+    """Calls `end` once `seconds` are over, or when its engine is closed before; `late` tells that it did."""
+
+    def __init__(self, live: set[_Deadline], seconds: float, end: Callable[[], None]) -> None:
+        self.late = False
+        self._live, self._end = live, end
+        self._timer = threading.Timer(seconds, self.expire)
+        self._timer.daemon = True
+
+    def expire(self) -> None:
+        self.late = True
+        self._end()
+
+    def __enter__(self) -> _Deadline:
+        self._live.add(self)
+        self._timer.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._timer.cancel()
+        self._live.discard(self)
+
+
 class _Base:
-    """Closing, where there is nothing to close."""
+    """Closing ends what runs."""
+
+    def __init__(self) -> None:
+        self._live: set[_Deadline] = set()
 
     def __enter__(self) -> Any:
         return self
@@ -185,7 +211,8 @@ class _Base:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        return None
+        for deadline in list(self._live):
+            deadline.expire()
 
 
 class Pagemill(_Base):
@@ -194,6 +221,7 @@ class Pagemill(_Base):
     kind = "pagemill"
 
     def __init__(self, model: str, options: ReadOptions) -> None:
+        super().__init__()
         self.settings = Settings(
             model=model,
             dtype=options.dtype,
@@ -241,6 +269,7 @@ class Function(_Base):
     kind = "python"
 
     def __init__(self, module: str, function: str, options: ReadOptions) -> None:
+        super().__init__()
         self._name, self._options = f"{module}:{function}", options
         if (here := os.getcwd()) not in sys.path:
             sys.path.append(here)
@@ -278,10 +307,11 @@ class Command(_Base):
     kind = "command"
 
     def __init__(self, arguments: Sequence[str], options: ReadOptions) -> None:
+        super().__init__()
         self._arguments, self._options = list(arguments), options
         if shutil.which(self._arguments[0]) is None:
             raise EngineError(f"there is no program {printable(self._arguments[0])} on this machine")
-        self._folder = tempfile.TemporaryDirectory(prefix="pagemill-compare-")
+        self._folder = tempfile.TemporaryDirectory(prefix="pagemill-compare-", ignore_cleanup_errors=True)
 
     def describe(self) -> dict[str, Any]:
         """See `Reader`."""
@@ -296,6 +326,7 @@ class Command(_Base):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        super().__exit__(kind, error, trace)
         self._folder.cleanup()
 
     def _ask(self, page: PageRef) -> Answer:
@@ -314,7 +345,6 @@ class Command(_Base):
         return Answer(page.source, page.page, 0.0, 0.0, raw=text.strip())
 
     def _run(self, arguments: list[str], errors: io.BufferedRandom) -> tuple[str, int]:
-        late = threading.Event()
         try:
             process = subprocess.Popen(
                 arguments,
@@ -330,27 +360,15 @@ class Command(_Base):
             with suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, signal.SIGKILL)
 
-        def expire() -> None:
-            late.set()
-            end()
-
-        timer = threading.Timer(self._options.timeout, expire)
-        timer.start()
-        try:
-            assert process.stdout is not None
+        assert process.stdout is not None
+        with process.stdout, _Deadline(self._live, self._options.timeout, end) as deadline:
             data = process.stdout.read(MAX_ANSWER_BYTES + 1)
-            if len(data) <= MAX_ANSWER_BYTES:
-                process.wait()
-        finally:
-            if process.returncode is None:
+            if len(data) > MAX_ANSWER_BYTES:
                 end()
-            process.wait()
-            timer.cancel()
-            if process.stdout is not None:
-                process.stdout.close()
-        if late.is_set():
+            code = process.wait()
+        if deadline.late:
             raise _PageFailed(f"{printable(arguments[0])} took longer than {self._options.timeout:g} s")
-        return _bounded(data.decode("utf-8", "replace"), len(data)), process.returncode
+        return _bounded(data.decode("utf-8", "replace"), len(data)), code
 
 
 @dataclass(frozen=True)
@@ -396,6 +414,7 @@ class Endpoint(_Base):
     kind = "openai"
 
     def __init__(self, address: _Address, options: ReadOptions) -> None:
+        super().__init__()
         self._address, self._options = address, options
         self._profile = read_profile(Path(address.model), address.model)
         self._lock = threading.Lock()
@@ -429,7 +448,7 @@ class Endpoint(_Base):
                         raise EngineError(f"{self._where} cannot be reached ({error})") from None
                 if last:
                     raise _PageFailed(f"{self._where} cannot be reached ({error})") from None
-            except (OSError, http.client.HTTPException) as error:
+            except (OSError, http.client.HTTPException, ValueError) as error:
                 if last:
                     raise _PageFailed(f"{self._where} broke off the connection ({_brief(error)})") from None
             else:
@@ -473,7 +492,9 @@ class Endpoint(_Base):
         """
         url, timeout = self._address.url, self._options.timeout
         connection = _connection(url, min(timeout, _CONNECT_TIMEOUT))
-        late = threading.Event()
+        headers = {"Content-Type": "application/json", "Accept": "application/json"}
+        if self._address.key is not None:
+            headers["Authorization"] = f"Bearer {self._address.key}"
         try:
             connection.connect()
         except (OSError, http.client.HTTPException) as error:
@@ -482,32 +503,22 @@ class Endpoint(_Base):
         sock = connection.sock  # the connection forgets it before the answer is read
         sock.settimeout(timeout)
 
-        def expire() -> None:
-            late.set()
+        def end() -> None:
             with suppress(OSError):  # past the TLS layer, which another thread is using
                 socket.socket.shutdown(sock, socket.SHUT_RDWR)
 
-        timer = threading.Timer(timeout, expire)
-        timer.start()
-        try:
-            headers = {"Content-Type": "application/json", "Accept": "application/json"}
-            if self._address.key is not None:
-                headers["Authorization"] = f"Bearer {self._address.key}"
-            connection.request("POST", f"{url.path.rstrip('/')}/chat/completions", body, headers)
-            response = connection.getresponse()
-            data = response.read(MAX_ANSWER_BYTES + 1)
-            if response.length and len(data) <= MAX_ANSWER_BYTES:
-                raise http.client.IncompleteRead(data, response.length)
-        except (OSError, http.client.HTTPException, ValueError) as error:
-            if late.is_set() or isinstance(error, TimeoutError):
-                raise _PageFailed(f"{self._where} took longer than {timeout:g} s") from None
-            if isinstance(error, ValueError):
-                raise _PageFailed(f"{self._where} answers what is not HTTP ({_brief(error)})") from None
-            raise
-        finally:
-            timer.cancel()
-            connection.close()
-        if late.is_set():  # the end of the connection looked like the end of the answer
+        with closing(connection), _Deadline(self._live, timeout, end) as deadline:
+            try:
+                connection.request("POST", f"{url.path.rstrip('/')}/chat/completions", body, headers)
+                response = connection.getresponse()
+                data = response.read(MAX_ANSWER_BYTES + 1)
+                if response.length and len(data) <= MAX_ANSWER_BYTES:
+                    raise http.client.IncompleteRead(data, response.length)
+            except (OSError, http.client.HTTPException, ValueError) as error:
+                if not deadline.late and not isinstance(error, TimeoutError):
+                    raise
+                deadline.late = True
+        if deadline.late:  # the end of the connection may have looked like the end of the answer
             raise _PageFailed(f"{self._where} took longer than {timeout:g} s")
         wait = response.getheader("Retry-After", "")
         seconds = float(wait) if wait.isdecimal() and len(wait) < 6 else None
@@ -685,7 +696,7 @@ def _each(ask: Callable[[PageRef], Answer], pages: Sequence[PageRef], concurrenc
                 raise failed[0]
     finally:
         stop.set()
-        pool.shutdown(cancel_futures=True)
+        pool.shutdown(wait=not pending, cancel_futures=True)  # closing the engine ends what still runs
 
 
 def fields_of(answer: Answer) -> dict[str, str | None]:

@@ -255,6 +255,18 @@ def test_a_program_that_misbehaves(
     assert time.monotonic() - started < 15
 
 
+def test_closing_an_engine_ends_what_it_runs(pages: Pages, folder: Path) -> None:
+    spec = program(folder, "time.sleep(60)")
+    outcomes: list[engines.Outcome] = []
+    with spec.open(ReadOptions(concurrency=1)) as reader:
+        run = threading.Thread(target=lambda: outcomes.append(reader.run(pages.refs[:1], lambda: None)))
+        run.start()
+        while not reader._live:
+            time.sleep(0.01)
+    run.join(10)
+    assert outcomes[0].answers[0].error is not None
+
+
 # Endpoints.
 
 
