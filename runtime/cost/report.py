@@ -20,10 +20,11 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from functools import lru_cache
 from importlib.resources import files as resources
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, StrictUndefined, Template
 from markupsafe import Markup
 
 from pagemill import __version__
@@ -98,19 +99,7 @@ def render(files: Sequence[ResultFile], *, pages_per_month: int = PAGES_PER_MONT
     offers = published()
     data = _charts(files, runs, offers)
     scripts = [_asset(name) for name in _SCRIPTS]
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters.update(
-        usd=units.usd,
-        number=units.number,
-        seconds=units.seconds,
-        percent=units.percent,
-        size=units.size,
-        score=units.score,
-        volume=units.volume,
-    )
-    page = environment.from_string(_asset("report.html")).render(
+    page = _template().render(
         title=printable(title)[:200] or "Pages per dollar",
         version=__version__,
         now=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
@@ -319,8 +308,8 @@ class _Column:
 def _columns(runs: Sequence[Run]) -> list[_Column]:
     columns: list[_Column] = []
 
-    def text(head: str, hint: str, values: list[str]) -> None:
-        columns.append(_Column(head, hint, [(value, value) for value in values], style=""))
+    def text(head: str, hint: str, values: list[str], style: str = "") -> None:
+        columns.append(_Column(head, hint, [(value, value) for value in values], style))
 
     def column(
         head: str,
@@ -340,7 +329,6 @@ def _columns(runs: Sequence[Run]) -> list[_Column]:
         return lambda run: run.latency.get(name, {}).get(percentile)
 
     text("kind", "measured here, compared with it, or simulated", [run.kind for run in runs])
-    text("model", "", [run.model for run in runs])
     column("$/M pages", "per million pages, the machine always busy", lambda r: r.usd_per_million, units.usd)
     column("score", "benchmark_score: mean of Levenshtein ratio and BLEU-4", lambda r: r.score, units.score)
     column("CER", "character error rate", quality("cer"), units.percent)
@@ -360,6 +348,7 @@ def _columns(runs: Sequence[Run]) -> list[_Column]:
     column(
         "J/page", "energy", lambda r: r.energy_j / r.pages if r.energy_j and r.pages else None, units.number
     )
+    text("model", "", [run.model for run in runs], "minor")
     return columns
 
 
@@ -376,10 +365,28 @@ def _inline_json(data: object) -> str:
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
+@lru_cache(maxsize=1)
+def _template() -> Template:
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters.update(
+        usd=units.usd,
+        number=units.number,
+        seconds=units.seconds,
+        percent=units.percent,
+        score=units.score,
+        volume=units.volume,
+    )
+    return environment.from_string(_asset("report.html"))
+
+
+@lru_cache(maxsize=8)
 def _asset(name: str) -> str:
     return (resources("pagemill.cost") / "assets" / name).read_text("utf-8")
 
 
+@lru_cache(maxsize=8)
 def _hash(script: str) -> str:
     return "sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
 

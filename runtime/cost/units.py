@@ -8,14 +8,14 @@ MISSING = "–"
 
 
 def usd(value: float | None) -> str:
-    """Return dollars to three figures: $0.0123, $4.56, $789, $12,300."""
+    """Return dollars: $0.0123, $4.56, $78.90, $789, $12,300."""
     if value is None:
         return MISSING
     if value == 0:
         return "$0"
-    if value < 1:
-        return f"${value:.{2 - math.floor(math.log10(value))}f}" if value >= 1e-6 else f"${value:.2g}"
-    return f"${value:.2f}" if value < 99.5 else f"${_three_figures(value):,.0f}"
+    if 0.9995 <= value < 99.995:
+        return f"${value:.2f}"
+    return f"${number(value)}"
 
 
 def number(value: float | None) -> str:
@@ -24,8 +24,9 @@ def number(value: float | None) -> str:
         return MISSING
     if value == 0:
         return "0"
+    value = _three_figures(value)
     digits = 2 - math.floor(math.log10(abs(value)))
-    return f"{_three_figures(value):,.{min(max(digits, 0), 12)}f}"
+    return f"{value:,.{min(max(digits, 0), 12)}f}"
 
 
 def volume(pages: float) -> str:

@@ -71,7 +71,7 @@
         Plot.ruleX(spans, { x: "usd", y1: "low", y2: "high", stroke: (p) => color(p.group), strokeOpacity: 0.55 }),
         Plot.dot(points.filter((p) => p.group === "published"), { x: "usd", y: "score", symbol: "diamond", r: 5, stroke: color("published"), strokeWidth: 1.8, fill: color("card") }),
         ...filled(points, "usd", "score"),
-        Plot.tip(points, Plot.pointer({ x: "usd", y: "score", title: said, lineWidth: Math.min(34, width / 14), maxRadius: 30 })),
+        Plot.tip(points, Plot.pointer({ x: "usd", y: "score", title: said, lineWidth: Math.min(34, width / 14), lineHeight: 1.25, maxRadius: 30 })),
       ],
     });
     const first = new Set(data.frontier);
@@ -84,7 +84,8 @@
   // Names are measured, so the chart has to be in the page.
   function label(plot, points, x, y, width) {
     const sx = plot.scale("x").apply, sy = plot.scale("y").apply;
-    const at = points.map((p) => ({ name: clip(p.name, width < 560 ? 18 : 30), group: p.group, x: sx(x(p)), y: sy(y(p)) }));
+    const onLine = new Set([...data.frontier, ...data.publishedFrontier]);
+    const at = points.map((p) => ({ name: p.name, said: clip(p.name, width < 560 ? 18 : 30), group: p.group, x: sx(x(p)), y: sy(y(p)) }));
     const taken = at.map((p) => [p.x - 6, p.y - 6, p.x + 6, p.y + 6]);
     const bounds = [48, 4, width - 4, +plot.getAttribute("height") - 46];
     const free = (box) => box[0] >= bounds[0] && box[1] >= bounds[1] && box[2] <= bounds[2] && box[3] <= bounds[3] &&
@@ -92,15 +93,17 @@
     const layer = d3.select(plot).append("g").attr("font-size", 11).attr("aria-hidden", "true").attr("pointer-events", "none");
     const draw = layer.append("text").text("");
     for (const p of at) {
-      draw.text(p.name);
+      draw.text(p.said);
       const w = draw.node().getComputedTextLength();
-      const sides = [[p.x + 9, p.y + 4, "start", p.x + 9], [p.x - 9, p.y + 4, "end", p.x - 9 - w], [p.x, p.y - 10, "middle", p.x - w / 2], [p.x, p.y + 18, "middle", p.x - w / 2]];
+      const beside = [[p.x + 9, p.y + 4, "start", p.x + 9], [p.x - 9, p.y + 4, "end", p.x - 9 - w]];
+      const over = [[p.x, p.y - 10, "middle", p.x - w / 2], [p.x, p.y + 18, "middle", p.x - w / 2]];
+      const sides = onLine.has(p.name) ? [...over, ...beside] : [...beside, ...over];
       for (const [tx, ty, anchor, left] of sides) {
         const box = [left - 2, ty - 10, left + w + 2, ty + 3];
         if (!free(box)) continue;
         taken.push(box);
         layer.append("text").attr("x", tx).attr("y", ty).attr("text-anchor", anchor).attr("fill", color(p.group === "published" ? "muted" : "ink"))
-          .attr("stroke", color("card")).attr("stroke-width", 4).attr("paint-order", "stroke").text(p.name);
+          .attr("stroke", color("card")).attr("stroke-width", 4).attr("paint-order", "stroke").text(p.said);
         break;
       }
     }
@@ -118,7 +121,7 @@
     const below = beside.length ? 9 : 5;
     const y = { y: "run" };
     return Plot.plot({
-      width, height: runs.length * 42 + 36, marginLeft: 4, marginRight: 84, marginTop: 4, marginBottom: 32, style: theme,
+      width, height: runs.length * 42 + 36, marginLeft: 10, marginRight: 84, marginTop: 4, marginBottom: 32, style: theme,
       x: { domain: [0, most] },
       y: { domain: runs, axis: null, padding: 0 },
       marks: [
@@ -127,7 +130,7 @@
         Plot.barX(beside, { ...y, x1: 0, x2: "value", fill: (r) => color(r.part), insetTop: 34, insetBottom: 5 }),
         Plot.text(runs, { x: 0, y: (r) => r, text: (r) => clip(r, Math.floor(width / 8)), textAnchor: "start", dy: -12, fill: "currentColor" }),
         Plot.text(runs, { x: (r) => sums.get(r) ?? 0, y: (r) => r, text: (r) => unit(sums.get(r) ?? 0), textAnchor: "start", dx: 6, dy: 8, fill: color("muted") }),
-        Plot.tip(rows, Plot.pointer(Plot.stackX({ ...y, x: "value", order: Object.keys(parts), z: "part", title: (r) => `${r.run}\n${r.part.replace("_", " ")}: ${unit(r.value)} (${d3.format(".0%")(r.value / (sums.get(r.run) || 1))})`, lineWidth: 24 }))),
+        Plot.tip(rows, Plot.pointer(Plot.stackX({ ...y, x: "value", order: Object.keys(parts), z: "part", title: (r) => `${r.run}\n${r.part.replace("_", " ")}: ${unit(r.value)} (${d3.format(".0%")(r.value / (sums.get(r.run) || 1))})`, lineWidth: 24, lineHeight: 1.25 }))),
       ],
     });
   }
@@ -151,14 +154,14 @@
     const thick = Math.max(0.6, Math.min(8, 480 / rows.length));
     const height = Math.max(140, Math.min(520, rows.length * thick + 40));
     return Plot.plot({
-      width, height, marginLeft: 2, marginRight: 18, marginTop: 4, marginBottom: 32, style: theme,
+      width, height, marginLeft: 10, marginRight: 18, marginTop: 4, marginBottom: 32, style: theme,
       x: { domain: [0, end] },
       y: { axis: null, domain: [rows.length, 0] },
       marks: [
         ...axis(timeTicks(end, Math.max(3, width / 90)), time, null),
         ...[0, Math.min(0, (height - 36) / rows.length / 2 - 1)].map((inset, bad) => Plot.rect(spans.filter((s) => s.to > s.from && bad === +(s.fill === "red" || s.fill === "ink")), { insetTop: inset, insetBottom: inset, x1: "from", x2: "to", y1: (s) => s.r.index + gap, y2: (s) => s.r.index + 1 - gap, fill: (s) => color(s.fill), fillOpacity: (s) => (s.fill === "idle" ? 0.45 : 1) })),
         Plot.dot(bad, { x: "finished", y: (r) => r.index + 0.5, symbol: "times", r: 3.5, stroke: (r) => color(r.status === "degenerate" ? "red" : "ink"), strokeWidth: 1.6, dx: 7 }),
-        Plot.tip(rows, Plot.pointerY({ x: (r) => ((r.scheduled ?? r.arrived) + r.finished) / 2, y: (r) => r.index + 0.5, title: (r) => `${r.name}\n${r.status}: waited ${time((r.scheduled ?? r.finished) - r.arrived)}, ${r.first == null ? "no token" : "first token " + time(r.first - (r.scheduled ?? r.arrived)) + " later"}, took ${time(r.finished - (r.scheduled ?? r.arrived))}`, lineWidth: 24 })),
+        Plot.tip(rows, Plot.pointerY({ x: (r) => ((r.scheduled ?? r.arrived) + r.finished) / 2, y: (r) => r.index + 0.5, title: (r) => `${r.name}\n${r.status}: waited ${time((r.scheduled ?? r.finished) - r.arrived)}, ${r.first == null ? "no token" : "first token " + time(r.first - (r.scheduled ?? r.arrived)) + " later"}, took ${time(r.finished - (r.scheduled ?? r.arrived))}`, lineWidth: 24, lineHeight: 1.25 })),
       ],
     });
   }
@@ -166,7 +169,7 @@
   const swept = data.sweeps.map((s, i) => s.points.map((p) => ({ ...p, label: s.label, key: s.key, color: color(SERIES[i % SERIES.length]), symbol: SYMBOLS[i % SYMBOLS.length] })));
   const lines = (key, x, more) => swept.filter((s) => s.some((p) => p[key] != null)).map((s) => Plot.line(s.filter((p) => p[key] != null), { x, y: key, stroke: s[0].color, ...more }));
   const dots = (key, x) => swept.map((s) => Plot.dot(s.filter((p) => p[key] != null), { x, y: key, fill: s[0].color, symbol: s[0].symbol, r: 4.5, stroke: color("card"), strokeWidth: 0.8 }));
-  const tip = (key, x, width) => Plot.tip(swept.flat().filter((p) => p[key] != null), Plot.pointer({ x, y: key, lineWidth: Math.min(26, width / 15), title: (p) => `${p.label}, ${p.key} ${round(p.value)}\n${round(p.rate)} pages/s${p.p95 == null ? "" : `, page p95 ${time(p.p95)}`}${p.usd == null ? "" : `, ${usd(p.usd)} per million`}` }));
+  const tip = (key, x, width) => Plot.tip(swept.flat().filter((p) => p[key] != null), Plot.pointer({ x, y: key, lineWidth: Math.min(26, width / 15), lineHeight: 1.25, title: (p) => `${p.label}, ${p.key} ${round(p.value)}\n${round(p.rate)} pages/s${p.p95 == null ? "" : `, page p95 ${time(p.p95)}`}${p.usd == null ? "" : `, ${usd(p.usd)} per million`}` }));
 
   function latency(width) {
     const points = swept.flat().filter((p) => p.p95 != null);
@@ -213,7 +216,7 @@
         Plot.gridX({ stroke: color("rule"), strokeOpacity: 1 }), Plot.gridY({ stroke: color("rule"), strokeOpacity: 1 }),
         Plot.ruleY(points.filter((p) => p.low != null && p.high != null), { y: "score", x1: "low", x2: "high", stroke: (p) => color(p.group), strokeOpacity: 0.55 }),
         ...filled(points, "bits", "score"),
-        Plot.tip(points, Plot.pointer({ x: "bits", y: "score", title: (p) => `${p.name}\n${round(p.bits)} bits per character, score ${p.score.toFixed(3)}`, lineWidth: 24 })),
+        Plot.tip(points, Plot.pointer({ x: "bits", y: "score", title: (p) => `${p.name}\n${round(p.bits)} bits per character, score ${p.score.toFixed(3)}`, lineWidth: 24, lineHeight: 1.25 })),
       ],
     });
     plot.whenShown = () => label(plot, points, (p) => p.bits, (p) => p.score, width);
