@@ -1,4 +1,4 @@
-"""The command line: `pagemill read`, `describe`, `score`, `bench` and `compare`."""
+"""The command line: `pagemill read`, `describe`, `score`, `bench`, `compare` and `simulate`."""
 
 from __future__ import annotations
 
@@ -455,8 +455,8 @@ def bench(
 ) -> None:
     """Measure pages a second, latency and cost on this machine.
 
-    Reads the pages and reports how fast they came out, when the first token was there,
-    where a page's time went, what was wasted, and what a page costs.
+    Reads pages and reports how fast they came out, when the first token
+    was there, where a page's time went, what was wasted, and what it costs.
 
     [bold]Examples[/]
 
@@ -464,7 +464,7 @@ def bench(
 
         pagemill bench scans/ --truth truth.jsonl --price 0.35 -o result.json
 
-        pagemill bench --sweep concurrency=1,2,4,8,16 --sweep dtype=float32,bfloat16
+        pagemill bench --sweep concurrency=1,4,16 --sweep dtype=float32,bfloat16
 
         pagemill bench --sweep rate=0.5,1,2,3 --pages 200
     """
@@ -654,7 +654,7 @@ def compare(
 )
 def simulate(
     device: Annotated[
-        str, typer.Option("--device", metavar="ID,...", help="GPUs of the reference data to try.")
+        str, typer.Option("--device", metavar="ID,...", help="GPUs of the reference data, or files of measured machines.")
     ] = "h100-sxm",
     shape: Annotated[
         str,
