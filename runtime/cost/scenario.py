@@ -6,6 +6,7 @@ guards; the simulator runs each, and the closed-form model stands beside it.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from itertools import product
@@ -17,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pagemill.cost.bench import percentiles
-from pagemill.cost.devices import Device, Price, find_api, find_device, find_price
+from pagemill.cost.devices import Device, Price, find_api, find_device, find_price, measured
 from pagemill.cost.environment import environment
 from pagemill.cost.model import (
     GPU_EFFICIENCY,
@@ -36,6 +37,8 @@ from pagemill.cost.simulator import Guard, Outcome, Settings, Workload, simulate
 from pagemill.cost.units import number, percent, plural, seconds, usd, volume
 from pagemill.errors import ConfigError
 
+MACHINE_SCHEMA = "pagemill-machine/1"
+_LARGEST_MACHINE = 1_000_000  # characters
 _TIMELINE = 500  # pages of a run whose moments are kept
 OFFICE_DAY = (0.2,) * 7 + (0.6, 1.6, 2.2, 2.2, 2.0, 1.4, 1.8, 2.2, 2.2, 2.0, 1.4, 0.8, 0.5) + (0.3,) * 4
 """Weights of the day's hours where most pages come in working hours."""
@@ -72,29 +75,30 @@ def answer(scenario: Scenario, on_run: Callable[[str], None] | None = None) -> d
         raise ConfigError("a simulation needs at least one device, concurrency, KV budget and guard")
     stats, load = scenario.workload.stats, scenario.workload
     shape, precision = Shape(find_shape(scenario.shape)), find_precision(scenario.precision)
-    priced = {id: (find_device(id), find_price(id, scenario.price)) for id in scenario.devices}
+    machines = {id: find_machine(id, scenario.efficiency) for id in scenario.devices}
+    prices = {id: find_price(device.id, scenario.price) for id, (device, _) in machines.items()}
     api = None if scenario.against is None else find_api(scenario.against)
     paid = None if api is None else api.usd_per_page(stats.prompt_tokens, stats.output_tokens)
     utilisation = scenario.utilisation if load.pages_per_day is None else 1.0
     tries = list(product(scenario.devices, scenario.concurrency, scenario.kv_cache_gb, scenario.guards))
     runs: list[dict[str, Any]] = []
     for id, concurrency, kv_gb, guard in tries:
-        device, price = priced[id]
+        device, efficiency = machines[id]
         settings = Settings(
             max_num_seqs=concurrency,
             kv_cache_bytes=None if kv_gb is None else kv_gb * 1e9,
             max_step_tokens=scenario.step_tokens,
         )
-        cost = StepCost(shape, precision, device, scenario.efficiency)
+        cost = StepCost(shape, precision, device, efficiency)
         workload = replace(load, degeneration=replace(load.degeneration, guard=guard))
-        name = _name(scenario, id, concurrency, kv_gb, guard)
+        name = _name(scenario, device.id, concurrency, kv_gb, guard)
         if on_run is not None:
             on_run(name)
         outcome = simulate(workload, settings, cost)
         run = {
             "name": name,
             "settings": {
-                "device": id,
+                "device": device.id,
                 "concurrency": concurrency,
                 "kv_cache_gb": kv_gb,
                 "guard": guard,
@@ -103,10 +107,10 @@ def answer(scenario: Scenario, on_run: Callable[[str], None] | None = None) -> d
             "model": f"{scenario.shape} {scenario.precision}",
             **describe(outcome, workload, cost, settings),
         }
-        run |= _priced(outcome.pages_per_s, price, utilisation, scenario.pages_per_month, paid)
+        run |= _priced(outcome.pages_per_s, prices[id], utilisation, scenario.pages_per_month, paid)
         runs.append(run)
-    prices = {price.id: price for _, price in priced.values()}
-    only = next(iter(prices.values())) if len(prices) == 1 else None
+    by_id = {price.id: price for price in prices.values()}
+    only = next(iter(by_id.values())) if len(by_id) == 1 else None
     workload_facts = asdict(load) | {"distinct_pages": load.pages, "lengths": len(load.lengths) or "drawn"}
     return {
         "schema": SCHEMA,
@@ -118,14 +122,16 @@ def answer(scenario: Scenario, on_run: Callable[[str], None] | None = None) -> d
             "precision": asdict(precision),
             "parameters": shape.params,
             "max_step_tokens": scenario.step_tokens,
-            "efficiency": asdict(scenario.efficiency),
-            "devices": {id: _facts(device) for id, (device, _) in priced.items()},
+            "devices": {
+                device.id: asdict(device) | {"efficiency": asdict(efficiency)}
+                for device, efficiency in machines.values()
+            },
         },
         "workload": workload_facts | {"pages_per_month": scenario.pages_per_month},
         "price": None
         if only is None
         else {"usd_per_hour": only.usd_per_hour, "source": f"{only.id}, {only.date}: {only.source}"},
-        "prices": {price.id: asdict(price) for price in prices.values()},
+        "prices": {id: asdict(price) for id, price in by_id.items()},
         "against": None
         if api is None
         else {"api": api.id, "usd_per_page": paid, "source": api.source, "date": api.date},
@@ -166,8 +172,36 @@ def guards(text: str) -> tuple[Guard, ...]:
     return tuple(known[word] for word in words(text))
 
 
-def _facts(device: Device) -> dict[str, Any]:
-    return asdict(device) | {"flops": dict(device.flops)}
+def find_machine(id: str, efficiency: Efficiency = GPU_EFFICIENCY) -> tuple[Device, Efficiency]:
+    """Return a GPU of the reference data, with the efficiency given, or a measured machine with its own, from a `.json` file.
+
+    Such a file is what `save_machine` writes. Raises `ConfigError` for one that is not.
+    """
+    if not id.endswith(".json"):
+        return find_device(id), efficiency
+    try:
+        with open(id, encoding="utf-8") as file:
+            found = json.loads(file.read(_LARGEST_MACHINE))
+        if found["schema"] != MACHINE_SCHEMA:
+            raise ValueError(f"schema {found['schema']!r}")
+        device = measured(**found["device"])
+        return device, Efficiency(**found["efficiency"])
+    except OSError as error:
+        raise ConfigError(f"{id} cannot be read: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ConfigError(
+            f"{id} is no measured machine of this version ({type(error).__name__}: {error}); bench/cost_check.py writes one"
+        ) from None
+
+
+def save_machine(path: str, device: Device, efficiency: Efficiency) -> None:
+    """Write a measured machine for `find_machine`."""
+    names = ("id", "flops", "bandwidth", "memory", "source", "host")
+    found = {name: value for name, value in asdict(device).items() if name in names}
+    with open(path, "w", encoding="utf-8") as file:
+        json.dump(
+            {"schema": MACHINE_SCHEMA, "device": found, "efficiency": asdict(efficiency)}, file, indent=1
+        )
 
 
 def _name(scenario: Scenario, id: str, concurrency: int, kv_gb: float | None, guard: str) -> str:
@@ -325,11 +359,9 @@ def show(result: dict[str, Any]) -> RenderableType:
                 f"{price['device']}: {usd(price['usd_per_hour'])} an hour, {price['provider']} {price['tier']}{dated}"
             )
         )
-    parts.append(
-        Text(
-            f"utilisation {percent(runs[0]['settings']['utilisation'])}; efficiencies {result['engine']['efficiency']['origin']}"
-        )
-    )
+    for id, device in result["engine"]["devices"].items():
+        parts.append(Text(f"{id}: efficiencies {device['efficiency']['origin']}"))
+    parts.append(Text(f"utilisation {percent(runs[0]['settings']['utilisation'])}"))
     return Group(*parts)
 
 

@@ -86,7 +86,7 @@ class Degeneration:
 
 @dataclass(frozen=True)
 class Workload:
-    """Pages to read. Lengths are drawn by `stats`, or taken from `lengths`, pairs of image and output tokens, at random."""
+    """Pages to read. Lengths are drawn by `stats`, or taken in turn from `lengths`, pairs of image and output tokens."""
 
     pages: int
     stats: PageStats = field(default_factory=PageStats)
@@ -239,7 +239,7 @@ def draw(workload: Workload) -> dict[str, npt.NDArray[Any]]:
         pairs = np.asarray(workload.lengths, dtype=np.int64)
         if pairs.ndim != 2 or pairs.shape[1] != 2 or pairs.min() < 1:
             raise ConfigError("lengths should be pairs of image and output tokens, at least 1 each")
-        image, output = pairs[random.integers(len(pairs), size=n)].T.astype(np.float64)
+        image, output = pairs[np.arange(n) % len(pairs)].T.astype(np.float64)
     else:
         sigma = stats.image_sigma
         ratio = np.exp(sigma * random.standard_normal(n) - sigma * sigma / 2)

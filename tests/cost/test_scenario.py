@@ -6,8 +6,10 @@ import pytest
 from typer.testing import CliRunner
 
 from pagemill.cli import app
+from pagemill.cost.devices import measured
+from pagemill.cost.model import Efficiency
 from pagemill.cost.resultfile import load
-from pagemill.cost.scenario import Scenario, answer
+from pagemill.cost.scenario import Scenario, answer, find_machine, save_machine
 from pagemill.cost.simulator import Degeneration, Workload
 from pagemill.errors import ConfigError
 
@@ -43,7 +45,7 @@ def test_json_holds_price_efficiency_and_the_closed_form():
     assert result["price"]["usd_per_hour"] == 2.5
     assert only["usd_per_page"] == pytest.approx(2.5 / 3600 / only["pages_per_s"] / 0.5)
     assert only["model_pages_per_s"] > 0
-    assert "assumed" in result["engine"]["efficiency"]["origin"]
+    assert "assumed" in result["engine"]["devices"]["h100-sxm"]["efficiency"]["origin"]
 
 
 def test_idle_time_is_paid_for_where_pages_arrive():
@@ -52,6 +54,47 @@ def test_idle_time_is_paid_for_where_pages_arrive():
     assert only["settings"]["utilisation"] == 1.0
     assert only["stage_s_per_page"]["idle"] > 20
     assert only["usd_per_page"] == pytest.approx(only["seconds"] / 30 / 3600)
+
+
+def test_a_measured_machine_is_a_device_with_its_own_efficiencies(tmp_path):
+    device = measured("mine", flops={"float32": 1e11}, bandwidth=2e10, memory=1e10, source="a test")
+    mine = tmp_path / "mine.json"
+    save_machine(str(mine), device, Efficiency(0.9, 0.7, 0.6, 0.9, row_s=1e-4, origin="a test"))
+    assert find_machine(str(mine))[0] == device
+    arguments = (
+        "--device",
+        str(mine),
+        "--shape",
+        "pagemill-tiny",
+        "--precision",
+        "float32",
+        "--max-new-tokens",
+        "900",
+    )
+    done = run(*arguments, "--price", "0.1")
+    assert done.exit_code == 0, done.output
+    assert "mine: efficiencies a test" in done.output
+    done = run(*arguments)
+    assert done.exit_code == 2
+    assert "no price is known for 'mine'" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "[]",
+        "{}",
+        '{"schema": "pagemill-machine/2"}',
+        '{"schema": "pagemill-machine/1", "device": {"id": 1}}',
+    ],
+)
+def test_another_file_is_no_machine(tmp_path, content):
+    (tmp_path / "other.json").write_text(content)
+    with pytest.raises(ConfigError, match="is no measured machine of this version"):
+        find_machine(str(tmp_path / "other.json"))
+    with pytest.raises(ConfigError, match="cannot be read: No such file"):
+        find_machine(str(tmp_path / "none.json"))
 
 
 def test_published_speeds_are_listed():
