@@ -27,7 +27,8 @@ names = set(wheel.namelist())
 modules = {f"pagemill/{path.relative_to(root / 'runtime')}" for path in (root / "runtime").rglob("*.py")}
 modules |= {f"pagemill/kernels/{path.relative_to(root / 'kernels')}" for path in (root / "kernels").rglob("*.py")}
 assets = {f"pagemill/{path.relative_to(root / 'runtime')}" for path in (root / "runtime/assets").rglob("*.*")}
-assets |= {f"pagemill/{path.relative_to(root / 'runtime')}" for path in (root / "runtime/cost/data").iterdir()}
+assets |= {f"pagemill/{path.relative_to(root / 'runtime')}" for folder in ("data", "assets")
+           for path in (root / "runtime/cost" / folder).iterdir()}
 expected = modules | assets | {"pagemill/py.typed", "pagemill/_native.pyi"}
 assert not (missing := expected - names), f"missing from the wheel: {sorted(missing)}"
 assert any(name.startswith("pagemill/_native.") and name.endswith(".so") for name in names), "no _native in the wheel"

@@ -194,7 +194,7 @@ def _quality(run: Run, runs: Sequence[Run]) -> str:
     low = min(rated, key=lambda r: r.usd_per_million or 0.0)
     if low is not run:
         less = _times(low.usd_per_million or 0.0, run.usd_per_million or 0.0)
-        said += f"; the cheapest, {low.name}, costs {less} but reaches {score(low.score)}"
+        said += f"; the cheapest, {low.name}, costs {less} but reaches only {score(low.score)}"
     return said + "."
 
 

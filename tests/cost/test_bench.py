@@ -403,6 +403,7 @@ def test_recompute_is_what_a_preemption_costs(world):
     assert core.scheduler.num_preemptions > 0
     total = core.stats.prefill_tokens + core.stats.decode_tokens + core.stats.recompute_tokens
     assert core.stats.recompute_tokens > 0
+    assert core.stats.prefill_tokens == sum(seq.num_prompt for seq in seqs)
     assert total - core.stats.recompute_tokens == sum(len(seq.token_ids) - 1 for seq in seqs)
 
 
@@ -414,7 +415,7 @@ def engine():
 
 def test_salts_share_no_work_and_change_no_page(engine):
     ref = PageRef(str(PAGES / "form_24.png"), 1)
-    params = SamplingParams(max_new_tokens=40)
+    params = SamplingParams(max_new_tokens=100)
     seen = []
     for salt in ("a", "a", "b"):
         before = engine.stats()
@@ -422,6 +423,14 @@ def test_salts_share_no_work_and_change_no_page(engine):
         seen.append((result, engine.stats().since(before)))
     first, again, other = seen
     assert first[0].raw == again[0].raw == other[0].raw
+    for result, stats in seen:
+        proposed, accepted = result.drafts
+        assert stats.accepted_draft_tokens == accepted
+        assert stats.rejected_draft_tokens == proposed - accepted
+        assert stats.decode_tokens == result.tokens.output - 1
+    assert first[1].rejected_draft_tokens > 0
+    assert again[1].accepted_draft_tokens > 50
+    assert other[1].accepted_draft_tokens < 10
     assert again[1].images == 0
     assert again[1].shared_tokens > 300
     assert other[1].images == first[1].images == 1

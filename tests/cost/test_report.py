@@ -230,7 +230,7 @@ def test_the_cheapest_of_the_good_is_chosen(tmp_path: Path) -> None:
         == "At 3 M pages a month, near reads them for $900 a month."
     )
     assert "the best, best (0.940), costs 3 times as much" in said.sentences[1]
-    assert "the cheapest, poor, costs 97 % less but reaches 0.500" in said.sentences[1]
+    assert "the cheapest, poor, costs 97 % less but reaches only 0.500" in said.sentences[1]
     assert [row.label for row in said.rows] == ["poor", "fair", "near", "best"]
     assert [row.chosen for row in said.rows] == [False, False, True, False]
 

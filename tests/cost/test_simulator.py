@@ -75,7 +75,7 @@ def runs(draw_value):
     return workload, engine
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=40)
 @given(runs())
 def test_skipping_gives_what_stepping_gives_and_every_page_ends_once(run):
     workload, engine = run
@@ -121,8 +121,14 @@ def test_a_seed_gives_the_same_run_and_another_seed_another():
     assert differing(one, simulate(replace(workload, seed=1), Settings(16), cost()))
 
 
-@pytest.mark.parametrize(("device", "concurrency"), [("h100-sxm", 16), ("h100-sxm", 128), ("l40s", 64)])
-@pytest.mark.parametrize("stats", [PageStats(), PageStats(400, 150, output_sigma=0.3), PageStats(4800, 128)])
+@pytest.mark.parametrize(
+    ("device", "concurrency", "stats"),
+    [
+        ("h100-sxm", 16, PageStats()),
+        ("h100-sxm", 128, PageStats(400, 150, output_sigma=0.3)),
+        ("l40s", 64, PageStats(4800, 128)),
+    ],
+)
 def test_a_long_run_settles_at_what_the_closed_form_says(device, concurrency, stats):
     outcome = simulate(Workload(8 * concurrency + 300, stats), Settings(concurrency), cost(device))
     assert outcome.steady_pages_per_s() == pytest.approx(

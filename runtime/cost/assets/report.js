@@ -25,11 +25,12 @@
     return end <= 100 || !step ? d3.ticks(0, end, most) : d3.range(0, end + 1e-9, step);
   };
   const clip = (text, most) => (text.length > most ? text.slice(0, most - 1) + "…" : text);
-  const within = (values, part) => {
+  const within = (values, part, least = 0) => {
     const [low, high] = d3.extent(values);
-    const room = (high - low || Math.abs(high) * 0.1 || 1) * part;
+    const room = Math.max((high - low || Math.abs(high) * 0.1 || 1) * part, (least - (high - low)) / 2);
     return [low - room, high + room];
   };
+  const scoreDomain = (scores, part) => within(scores, part, 0.2).map((v) => Math.max(0, Math.min(1, v)));
   const withinLog = (values, part) => {
     const [low, high] = within(values.map(Math.log), part);
     return [Math.exp(Math.min(low, high - 1.2)), Math.exp(high)];
@@ -55,7 +56,6 @@
       return line.length ? [...line, { usd: right, score: line.at(-1).score }] : [];
     };
     const scores = points.flatMap((p) => [p.score, p.low ?? p.score, p.high ?? p.score]);
-    const [low, high] = within(scores, 0.06);
     const xDomain = withinLog(points.map((p) => p.usd), 0.07);
     const right = xDomain[1];
     const spans = points.filter((p) => p.low != null && p.high != null);
@@ -63,7 +63,7 @@
     const plot = Plot.plot({
       width, height: Math.max(320, Math.min(520, width * 0.56)), marginLeft: 46, marginRight: 16, marginBottom: 42, style: theme,
       x: { type: "log", domain: xDomain },
-      y: { domain: [Math.max(0, low), Math.min(1, high)], label: "benchmark_score", tickFormat: ".2f" },
+      y: { domain: scoreDomain(scores, 0.06), label: "benchmark_score", tickFormat: ".2f" },
       marks: [
         ...axis(logTicks(xDomain, width / 52), usd, "dollars per million pages"), Plot.gridY({ stroke: color("rule"), strokeOpacity: 1 }),
         Plot.line(steps(data.publishedFrontier), { x: "usd", y: "score", curve: "step-after", stroke: color("published"), strokeDasharray: "3 4" }),
@@ -142,7 +142,7 @@
     const rows = one.rows.map(([name, arrived, scheduled, first, finished, status], index) => ({ name, arrived, scheduled, first, finished, status, index }));
     const spans = [];
     for (const r of rows) {
-      const begin = r.scheduled ?? r.finished, first = r.first ?? r.finished;
+      const begin = r.scheduled ?? r.finished, first = r.first ?? begin; // engines from outside do not tell their first token
       const whole = r.status === "degenerate" ? "red" : r.status === "ok" ? null : "ink";
       spans.push({ r, from: r.arrived, to: begin, fill: "idle" });
       if (whole) spans.push({ r, from: begin, to: r.finished, fill: whole });
@@ -161,7 +161,7 @@
         ...axis(timeTicks(end, Math.max(3, width / 90)), time, null),
         ...[0, Math.min(0, (height - 36) / rows.length / 2 - 1)].map((inset, bad) => Plot.rect(spans.filter((s) => s.to > s.from && bad === +(s.fill === "red" || s.fill === "ink")), { insetTop: inset, insetBottom: inset, x1: "from", x2: "to", y1: (s) => s.r.index + gap, y2: (s) => s.r.index + 1 - gap, fill: (s) => color(s.fill), fillOpacity: (s) => (s.fill === "idle" ? 0.45 : 1) })),
         Plot.dot(bad, { x: "finished", y: (r) => r.index + 0.5, symbol: "times", r: 3.5, stroke: (r) => color(r.status === "degenerate" ? "red" : "ink"), strokeWidth: 1.6, dx: 7 }),
-        Plot.tip(rows, Plot.pointerY({ x: (r) => ((r.scheduled ?? r.arrived) + r.finished) / 2, y: (r) => r.index + 0.5, title: (r) => `${r.name}\n${r.status}: waited ${time((r.scheduled ?? r.finished) - r.arrived)}, ${r.first == null ? "no token" : "first token " + time(r.first - (r.scheduled ?? r.arrived)) + " later"}, took ${time(r.finished - (r.scheduled ?? r.arrived))}`, lineWidth: 24, lineHeight: 1.25 })),
+        Plot.tip(rows, Plot.pointerY({ x: (r) => ((r.scheduled ?? r.arrived) + r.finished) / 2, y: (r) => r.index + 0.5, title: (r) => `${r.name}\n${r.status}: waited ${time((r.scheduled ?? r.finished) - r.arrived)}, ${r.first == null ? "" : `first token ${time(r.first - (r.scheduled ?? r.arrived))} later, `}took ${time(r.finished - (r.scheduled ?? r.arrived))}`, lineWidth: 24, lineHeight: 1.25 })),
       ],
     });
   }
@@ -211,7 +211,7 @@
     const plot = Plot.plot({
       width, height: Math.max(260, Math.min(380, width * 0.45)), marginLeft: 46, marginRight: 16, marginBottom: 42, style: theme,
       x: { label: "bits per character", domain: [0, d3.max(points, (p) => Math.max(p.bits, p.high ?? 0)) * 1.1 || 1] },
-      y: { label: "benchmark_score", tickFormat: ".2f", domain: within(points.map((p) => p.score), 0.12).map((v) => Math.max(0, Math.min(1, v))) },
+      y: { label: "benchmark_score", tickFormat: ".2f", domain: scoreDomain(points.map((p) => p.score), 0.12) },
       marks: [
         Plot.gridX({ stroke: color("rule"), strokeOpacity: 1 }), Plot.gridY({ stroke: color("rule"), strokeOpacity: 1 }),
         Plot.ruleY(points.filter((p) => p.low != null && p.high != null), { y: "score", x1: "low", x2: "high", stroke: (p) => color(p.group), strokeOpacity: 0.55 }),
