@@ -654,7 +654,10 @@ def compare(
 )
 def simulate(
     device: Annotated[
-        str, typer.Option("--device", metavar="ID,...", help="GPUs of the reference data, or files of measured machines.")
+        str,
+        typer.Option(
+            "--device", metavar="ID,...", help="GPUs of the reference data, or files of measured machines."
+        ),
     ] = "h100-sxm",
     shape: Annotated[
         str,
@@ -700,6 +703,12 @@ def simulate(
     guard: Annotated[
         str, typer.Option("--guard", metavar="NAME,...", help="What is done about loops: off, stop, rescue.")
     ] = "rescue",
+    detect_tokens: Annotated[
+        int,
+        typer.Option(
+            "--detect-tokens", min=1, metavar="N", help="Tokens of a loop until the guard finds it."
+        ),
+    ] = 300,
     max_new_tokens: Annotated[
         int,
         typer.Option(
@@ -809,7 +818,7 @@ def simulate(
             workload=Workload(
                 pages=pages,
                 stats=PageStats(image_tokens, output_tokens, output_sigma=spread),
-                degeneration=Degeneration(degeneration),
+                degeneration=Degeneration(degeneration, detect_tokens=detect_tokens),
                 max_new_tokens=max_new_tokens,
                 pages_per_day=pages_per_day,
                 day_profile=ask.OFFICE_DAY if day == "office" else (1.0,) * 24,

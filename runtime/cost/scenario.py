@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from itertools import product
+from statistics import median
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -373,13 +374,20 @@ def show_published() -> RenderableType:
     )
     table.columns[0].no_wrap = False
     table.columns[-1].justify, table.columns[-1].overflow = "left", "fold"
-    for check in check_published():
+    checks = check_published()
+    for check in checks:
         row = check.row
         table.add_row(
             escape(f"{row.system}, {row.engine}"), escape(row.gpu), number(row.pages_per_s), number(check.predicted),
             number(check.ratio), number(check.limit), percent(check.share_of_limit), escape(check.note),
         )  # fmt: skip
-    return Group(table, "", Text(f"efficiencies {GPU_EFFICIENCY.origin}"))
+    reached = median(check.share_of_limit for check in checks if check.share_of_limit)
+    return Group(
+        table,
+        "",
+        Text(f"half of the systems reach less than {percent(reached)} of what the hardware allows"),
+        Text(f"efficiencies {GPU_EFFICIENCY.origin}"),
+    )
 
 
 def _table(title: str, *columns: str) -> Table:
