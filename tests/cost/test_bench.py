@@ -428,9 +428,7 @@ def test_salts_share_no_work_and_change_no_page(engine):
         assert stats.accepted_draft_tokens == accepted
         assert stats.rejected_draft_tokens == proposed - accepted
         assert stats.decode_tokens == result.tokens.output - 1
-    assert first[1].rejected_draft_tokens > 0
-    assert again[1].accepted_draft_tokens > 50
-    assert other[1].accepted_draft_tokens < 10
+    assert again[1].accepted_draft_tokens > 2 * other[1].accepted_draft_tokens  # it remembered the page
     assert again[1].images == 0
     assert again[1].shared_tokens > 300
     assert other[1].images == first[1].images == 1
