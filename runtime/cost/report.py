@@ -144,6 +144,11 @@ def _charts(files: Sequence[ResultFile], runs: Sequence[Run], offers: Sequence[P
         for run in runs
         if run.usd_per_million and run.score is not None
     ]
+    unrated = [
+        {"name": run.name, "group": run.kind, "usd": _short(run.usd_per_million)}
+        for run in runs
+        if run.usd_per_million and run.score is None
+    ]
     given = [
         {
             "name": offer.label,
@@ -157,6 +162,7 @@ def _charts(files: Sequence[ResultFile], runs: Sequence[Run], offers: Sequence[P
     ]
     return {
         "points": points + given,
+        "unrated": unrated,
         "frontier": _frontier([p for p in points if p["group"] != "simulated"]),
         "publishedFrontier": _frontier(given),
         "stages": _bars([r for r in runs if r.stages], lambda run: run.stages, 1.0),
@@ -330,6 +336,7 @@ def _columns(runs: Sequence[Run]) -> list[_Column]:
 
     text("kind", "measured here, compared with it, or simulated", [run.kind for run in runs])
     column("$/M pages", "per million pages, the machine always busy", lambda r: r.usd_per_million, units.usd)
+    column("$/hour", "of the machine", lambda r: r.usd_per_hour, units.usd, "n minor")
     column("score", "benchmark_score: mean of Levenshtein ratio and BLEU-4", lambda r: r.score, units.score)
     column("CER", "character error rate", quality("cer"), units.percent)
     column("degenerate", "share of pages that ended in a loop", quality("degeneration_rate"), units.percent)

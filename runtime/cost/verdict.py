@@ -165,10 +165,12 @@ def _how(run: Run, pages: int) -> str:
     if on is None:
         return f"That is {per_thousand}."
     count, month = on
-    hours = pages / 1e6 * (run.usd_per_million or 0.0) / run.usd_per_hour if run.usd_per_hour else 0.0
+    paid = pages / 1e6 * (run.usd_per_million or 0.0) / run.usd_per_hour if run.usd_per_hour else 0.0
+    used = pages / run.pages_per_s / 3600
+    share = "paid only while it works" if used > 0.99 * paid else f"{percent(used / paid)} of them at work"
     return (
-        f"That is {per_thousand}: {number(run.pages_per_s)} pages/s make {_hours(hours)} of a machine at "
-        f"{usd(run.usd_per_hour)} an hour, paid only while it works. Left on all month, loaded to at most "
+        f"That is {per_thousand}: at {number(run.pages_per_s)} pages/s they take {_hours(paid)} of a machine at "
+        f"{usd(run.usd_per_hour)} an hour, {share}. Left on all month, loaded to at most "
         f"{100 * LOAD:.0f} %, {plural(count, 'machine')} would cost {usd(month)}."
     )
 

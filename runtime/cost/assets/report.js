@@ -56,26 +56,29 @@
       return line.length ? [...line, { usd: right, score: line.at(-1).score }] : [];
     };
     const scores = points.flatMap((p) => [p.score, p.low ?? p.score, p.high ?? p.score]);
-    const xDomain = withinLog(points.map((p) => p.usd), 0.07);
+    const xDomain = withinLog([...points, ...data.unrated].map((p) => p.usd), 0.07);
+    const yDomain = scoreDomain(scores, 0.06);
+    const unrated = data.unrated.map((p) => ({ ...p, score: yDomain[0] }));
     const right = xDomain[1];
     const spans = points.filter((p) => p.low != null && p.high != null);
-    const said = (p) => `${p.name}\n${usd(p.usd)} per million pages, score ${p.score.toFixed(3)}${p.low != null && p.high != null ? ` (${p.low.toFixed(3)} to ${p.high.toFixed(3)})` : ""}\n${p.group === "published" ? "published: " : p.group + ": "}${p.note}`;
+    const said = (p) => p.note === undefined ? `${p.name}\n${usd(p.usd)} per million pages, no score\n${p.group}` : `${p.name}\n${usd(p.usd)} per million pages, score ${p.score.toFixed(3)}${p.low != null && p.high != null ? ` (${p.low.toFixed(3)} to ${p.high.toFixed(3)})` : ""}\n${p.group === "published" ? "published: " : p.group + ": "}${p.note}`;
     const plot = Plot.plot({
       width, height: Math.max(320, Math.min(520, width * 0.56)), marginLeft: 46, marginRight: 16, marginBottom: 42, style: theme,
       x: { type: "log", domain: xDomain },
-      y: { domain: scoreDomain(scores, 0.06), label: "benchmark_score", tickFormat: ".2f" },
+      y: { domain: yDomain, label: "benchmark_score", tickFormat: ".2f" },
       marks: [
         ...axis(logTicks(xDomain, width / 52), usd, "dollars per million pages"), Plot.gridY({ stroke: color("rule"), strokeOpacity: 1 }),
         Plot.line(steps(data.publishedFrontier), { x: "usd", y: "score", curve: "step-after", stroke: color("published"), strokeDasharray: "3 4" }),
         Plot.line(steps(data.frontier), { x: "usd", y: "score", curve: "step-after", stroke: color("measured"), strokeWidth: 2 }),
         Plot.ruleX(spans, { x: "usd", y1: "low", y2: "high", stroke: (p) => color(p.group), strokeOpacity: 0.55 }),
         Plot.dot(points.filter((p) => p.group === "published"), { x: "usd", y: "score", symbol: "diamond", r: 5, stroke: color("published"), strokeWidth: 1.8, fill: color("card") }),
+        ...filled(unrated, "usd", "score"),
         ...filled(points, "usd", "score"),
-        Plot.tip(points, Plot.pointer({ x: "usd", y: "score", title: said, lineWidth: Math.min(34, width / 14), lineHeight: 1.25, maxRadius: 30 })),
+        Plot.tip([...points, ...unrated], Plot.pointer({ x: "usd", y: "score", title: said, lineWidth: Math.min(34, width / 14), lineHeight: 1.25, maxRadius: 30 })),
       ],
     });
     const first = new Set(data.frontier);
-    const order = [...points].sort((a, b) => first.has(b.name) - first.has(a.name) || GROUPS.indexOf(a.group) - GROUPS.indexOf(b.group) || b.score - a.score);
+    const order = [...points, ...unrated].sort((a, b) => first.has(b.name) - first.has(a.name) || GROUPS.indexOf(a.group) - GROUPS.indexOf(b.group) || b.score - a.score);
     plot.whenShown = () => label(plot, order, (p) => p.usd, (p) => p.score, width);
     return plot;
   }
@@ -87,7 +90,7 @@
     const onLine = new Set([...data.frontier, ...data.publishedFrontier]);
     const at = points.map((p) => ({ name: p.name, said: clip(p.name, width < 560 ? 18 : 30), group: p.group, x: sx(x(p)), y: sy(y(p)) }));
     const taken = at.map((p) => [p.x - 6, p.y - 6, p.x + 6, p.y + 6]);
-    const bounds = [48, 4, width - 4, +plot.getAttribute("height") - 46];
+    const bounds = [48, 4, width - 4, +plot.getAttribute("height") - 40];
     const free = (box) => box[0] >= bounds[0] && box[1] >= bounds[1] && box[2] <= bounds[2] && box[3] <= bounds[3] &&
       !taken.some((t) => box[0] < t[2] && box[2] > t[0] && box[1] < t[3] && box[3] > t[1]);
     const layer = d3.select(plot).append("g").attr("font-size", 11).attr("aria-hidden", "true").attr("pointer-events", "none");
@@ -174,12 +177,13 @@
   function latency(width) {
     const points = swept.flat().filter((p) => p.p95 != null);
     if (!points.length) return null;
+    const slowest = (d3.max(points, (p) => p.p95) || 1) * 1.08;
     return Plot.plot({
       width, height: Math.max(260, Math.min(340, width * 0.7)), marginLeft: 54, marginRight: 24, marginTop: 26, marginBottom: 40, style: theme,
       x: { domain: [0, d3.max(points, (p) => p.rate) * 1.08] },
-      y: { label: "time of a page", tickFormat: time, domain: [0, d3.max(points, (p) => p.p95) * 1.08], ticks: 5 },
+      y: { label: "time of a page", tickFormat: time, domain: [0, slowest], ticks: timeTicks(slowest, 6) },
       marks: [
-        ...axis(d3.ticks(0, d3.max(points, (p) => p.rate) * 1.08, Math.max(3, width / 90)), String, "pages/s"), Plot.gridY({ ticks: 5, stroke: color("rule"), strokeOpacity: 1 }),
+        ...axis(d3.ticks(0, d3.max(points, (p) => p.rate) * 1.08, Math.max(3, width / 90)), String, "pages/s"), Plot.gridY({ ticks: timeTicks(slowest, 6), stroke: color("rule"), strokeOpacity: 1 }),
         ...lines("p50", "rate", { strokeDasharray: "1.5 4", strokeWidth: 1.5 }), ...lines("p95", "rate", { strokeWidth: 2 }), ...dots("p95", "rate"),
         Plot.text(points, { x: "rate", y: "p95", text: (p) => round(p.value), dy: -11, fontSize: 11, fill: color("muted"), stroke: color("card"), strokeWidth: 3 }),
         tip("p95", "rate", width),
