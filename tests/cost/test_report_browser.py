@@ -130,6 +130,23 @@ def test_every_chart_is_drawn(show: Show) -> None:
     assert charts["stages"]["shapes"] >= 5 * 6
 
 
+def test_a_published_point_tells_its_sources(show: Show) -> None:
+    from selenium.webdriver.common.action_chains import ActionChains
+
+    browser = show()
+    point = browser.find_element(
+        "css selector", "#chart-frontier g[aria-label=dot] path"
+    )  # they are drawn first
+    browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", point)
+    ActionChains(browser).move_to_element(point).perform()
+    browser.execute_async_script("requestAnimationFrame(() => requestAnimationFrame(arguments[0]))")
+    said = browser.execute_script(
+        "return document.querySelector('#chart-frontier g[aria-label=tip]').textContent"
+    )
+    for words in ("per million pages", "published: ", "Price: ", "Score: "):
+        assert words in said
+
+
 def test_degenerate_pages_are_red(show: Show) -> None:
     browser = show()
     fills = browser.execute_script("""
