@@ -41,7 +41,7 @@ from pagemill.sequence import FinishedAttempt, PageTask, Sequence, SequenceImage
 
 _DEFAULT_MODEL_LEN = 32768
 _MAX_DRAFT = 16  # tokens guessed for one sequence in one step
-_ROWS_BESIDE = 48  # masks of fewer rows are made after the model has run: sooner than another thread takes over
+_ROWS_BESIDE = 48  # masks of fewer rows are made after the model has run: another thread takes over too late
 _NOT_FINITE = "the model computed values that are not finite numbers; try float32, or check the checkpoint"
 _RETRY_TEMPERATURE = 0.3  # enough to leave the path that ended badly
 
@@ -185,6 +185,7 @@ class EngineCore:
             [(image.start, image.grid) for image in prompt.images],
             config.vision.spatial_merge_size,
         )
+        control = self._control(params, page)
         seq = Sequence(
             id=self._next_id,
             token_ids=prompt.token_ids,
@@ -194,8 +195,8 @@ class EngineCore:
             position_delta=delta,
             params=params,
             max_tokens=min(num_prompt + (params.max_new_tokens or max_new_tokens), self.max_model_len, pool),
-            stop_ids=frozenset() if params.ignore_eos else config.eos_token_ids,
-            control=self._control(params, page),
+            stop_ids=frozenset() if params.ignore_eos and control.guide is None else config.eos_token_ids,
+            control=control,
             priority=priority,
             page=page,
             timeline=Timeline(arrived=time.perf_counter()),
@@ -287,9 +288,11 @@ class EngineCore:
             _MAX_DRAFT,
             min(others, self.config.max_step_tokens),
         )
-        for (seq, drafter), length in zip(drafting, lengths, strict=True):
+        for (seq, _), length in zip(drafting, lengths, strict=True):
             room = seq.max_tokens - len(seq.token_ids) - 1
-            seq.draft = drafter.propose(min(length, room)) if length and room > 0 else []
+            seq.draft = []
+            with suppress(RequestError):  # the step's masks say so again
+                seq.draft = seq.control.draft(min(length, room))
 
     def _fill_masks(self, wanting: list[tuple[Sequence, list[int]]]) -> npt.NDArray[np.int32]:
         """Which tokens the rows of this step may give: int32 `[rows, V / 32]`."""
@@ -358,7 +361,11 @@ class EngineCore:
             self.scheduler.rollback(seq, seq.num_prompt)
             seq.closing = ""
             seq.control.restart(
-                replace(seq.params, temperature=_RETRY_TEMPERATURE, seed=seq.params.seed or 0)
+                replace(
+                    seq.params,
+                    temperature=max(seq.params.temperature, _RETRY_TEMPERATURE),
+                    seed=(seq.params.seed or 0) + len(seq.attempts),
+                )
             )
             if seq.control.guide is not None:
                 self._append(seq, seq.control.guide.forced())

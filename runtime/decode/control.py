@@ -54,6 +54,13 @@ class Control:
         """Whether the next token is restricted."""
         return self.guide is not None or bool(self._bodies) or self._barred is not None
 
+    def draft(self, limit: int) -> list[int]:
+        """At most `limit` tokens guessed to come next. Raises `RequestError` if the grammar exceeds its limits."""
+        if self.drafter is None or limit < 1:
+            return []
+        draft = self.drafter.propose(limit)
+        return draft if self.guide is None else draft[: self.guide.open_draft(draft)]
+
     def fill_masks(self, history: Sequence[int], draft: Sequence[int], out: npt.NDArray[np.int32]) -> None:
         """Fill `out` int32 `[1 + len(draft), V / 32]` with what may come after `history` and after each draft token."""
         rows = len(out)
@@ -78,7 +85,9 @@ class Control:
             window = min(max(period, _MIN_WINDOW), _MAX_WINDOW)
             tail = [*history[-window:], *draft][-window:]
             for phase in range(period):
-                if all(tail[-1 - i] == body[(phase - i) % period] for i in range(window)):
+                if len(tail) == window and all(
+                    tail[-1 - i] == body[(phase - i) % period] for i in range(window)
+                ):
                     yield body[(phase + 1) % period]
 
     def extend(self, token_ids: Sequence[int]) -> Loop | None:
@@ -112,6 +121,8 @@ class Control:
         """
         self.rollback(loop.start)
         self._num_rescues += 1
+        # Where a draft went on beyond the loop, more was drawn: the stream begins anew.
+        self.sampling = SamplingState(self.params, self._num_rescues)
         closing: list[int] | None = None
         action: Literal["ban", "close", "end"] = "end"
         if self.params.guard == "rescue" and self._num_rescues <= self.params.max_rescues:

@@ -98,9 +98,11 @@ class SamplingParams:
 class SamplingState:
     """The random stream of one sequence."""
 
-    def __init__(self, params: SamplingParams) -> None:
+    def __init__(self, params: SamplingParams, number: int = 0) -> None:
+        """`number` tells the streams of one seed apart."""
         self.params = params
-        self.random = np.random.default_rng(params.seed) if params.temperature > 0 else None
+        seed = None if params.seed is None else [params.seed, number] if number else params.seed
+        self.random = np.random.default_rng(seed) if params.temperature > 0 else None
 
     @property
     def plain_greedy(self) -> bool:
