@@ -1,7 +1,7 @@
 """Steering on the real engine core: drafts, guidance, rescue and retries give the same in any company, and cost what they should.
 
 The reference of every request is itself alone, without drafts, with room to spare. Oracles, which know the reference's tokens,
-and liars make the drafts; a detector that calls three equal tails a loop makes a random model need rescue often.
+and liars make the drafts; a detector that sees loops where there are none makes a random model need rescue often.
 """
 
 import json
@@ -10,6 +10,7 @@ import random
 import re
 from dataclasses import dataclass, field
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -18,6 +19,7 @@ from micro import IMAGE, Ask, asks, drain
 import pagemill.core
 from pagemill.decode.guidance import Regex
 from pagemill.decode.loops import Loop
+from pagemill.errors import RequestError
 from pagemill.sequence import PageTask
 
 SCHEMA = {
@@ -35,18 +37,17 @@ STOPS = (2034, 2036)
 
 
 class TouchyDetector:
-    """Calls it a loop when the output ends with three equal parts of up to three tokens."""
+    """Calls it a loop at one place in six or so, which the last tokens alone decide."""
 
     def __init__(self, pieces, expected_tokens=None):
         self.ids = []
 
     def push(self, token):
         self.ids.append(token)
-        n = len(self.ids)
-        for period, kind in ((1, "run"), (2, "period"), (3, "counter")):
-            body = self.ids[n - period :]
-            if n >= 3 * period and self.ids[n - 3 * period :] == 3 * body:
-                return Loop(kind, n - 2 * period, period, 3, n)
+        n, drawn = len(self.ids), random.Random(repr(self.ids[-3:]))
+        period = drawn.choice([1, 2, 3])
+        if n >= 3 * period and drawn.random() < 1 / 6:
+            return Loop(drawn.choice(["run", "period", "counter"]), n - 2 * period, period, 3, n)
         return None
 
     def rollback(self, num_tokens):
@@ -98,7 +99,7 @@ class Outcome:
 
     @classmethod
     def of(cls, core, seq):
-        attempts = [(a.token_ids, a.closing, a.verdict.confidence, a.verdict.loops) for a in seq.attempts]
+        attempts = [(a.token_ids, a.closing, a.degenerate, a.verdict) for a in seq.attempts]
         logprobs = [None if math.isnan(lp) else lp for lp in seq.logprobs]
         text, events = core.text_of(seq), list(seq.control.events)
         return cls(
@@ -140,6 +141,9 @@ def reference(world, ask, page, params):
         followed = remember(seq)
         drain(core)
         core.close()
+        stops = [attempt.verdict.finish_reason for attempt in seq.attempts] or [seq.finish_reason]
+        generated = sum(map(len, followed.values())) + stops.count("stop")
+        assert generated == len(seq.output_ids) + seq.num_discarded
         REFERENCES[key] = Outcome.of(core, seq)
         REFERENCES[key].followed = followed
     return REFERENCES[key]
@@ -209,7 +213,7 @@ def run(world, scenario):
     if scenario["twin"]:
         requests = [*requests, requests[0]]
     core, lengths = world.core(**scenario["engine"]), random.Random(scenario["seed"])
-    core.draft_budget.lengths = lambda acceptances, limit, others: [
+    core.draft_budget.lengths = lambda acceptances, limit, *_: [
         lengths.randint(0, min(limit, scenario["longest"])) if a > 0 else 0 for a in acceptances
     ]
     sequences, step = {}, 0
@@ -248,14 +252,183 @@ def run(world, scenario):
     return core, sequences
 
 
-@pytest.fixture
-def touchy(monkeypatch):
-    monkeypatch.setattr(pagemill.core, "LoopDetector", TouchyDetector)
-
-
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(scenarios())
 def test_steered_output_does_not_depend_on_company_or_drafts(world, scenario):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pagemill.core, "LoopDetector", TouchyDetector)
         run(world, scenario)
+
+
+def test_the_scenarios_are_hostile(world):
+    """Preemption, rescue, retries and accepted drafts all meet in one run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pagemill.core, "LoopDetector", TouchyDetector)
+        asks = [Ask((1, 2, i, IMAGE, 3), (i % 3,), 26) for i in range(4)]
+        ways = [
+            dict(guidance="off"),
+            dict(guidance=SCHEMA),
+            dict(guidance="page"),
+            dict(guidance="off", max_rescues=9),
+        ]
+        pages = [None, dict(num_glyphs=5000), None, dict(num_glyphs=0)]
+        core, sequences = run(
+            world,
+            dict(
+                requests=[
+                    ((ask, page, way, 0.9), 0) for ask, page, way in zip(asks, pages, ways, strict=True)
+                ],
+                twin=True,
+                cancel={},
+                longest=5,
+                seed=0,
+                engine=dict(num_blocks=32, block_size=2, max_num_seqs=4),
+            ),
+        )
+    assert core.scheduler.num_preemptions > 0
+    assert sum(len(seq.control.events) for seq in sequences.values()) > 2
+    assert sum(len(seq.attempts) > 1 for seq in sequences.values()) >= 2
+    assert sum(seq.control.num_accepted for seq in sequences.values()) > 20
+
+
+@pytest.mark.parametrize("guidance", ["page", SCHEMA, REGEX], ids=["page", "schema", "regex"])
+def test_output_is_valid_wherever_the_cap_cuts_it(world, guidance):
+    core = world.core(num_blocks=1000, max_num_seqs=16)
+    sequences = [
+        world.add(core, Ask((1, start), (), cap), guidance=guidance)
+        for start in (0, 3)
+        for cap in range(1, 50)
+    ]
+    drain(core)
+    core.close()
+    for seq in sequences:
+        is_valid(core.text_of(seq), guidance)
+        assert len(seq.output_ids) <= seq.params.max_new_tokens
+        assert (seq.finish_reason == "stop") == (seq.token_ids[-1] in STOPS)
+
+
+def test_a_retry_costs_output_tokens_only(world):
+    core = world.core(prefix_sharing=False)
+    computed, encoded, schedule = [], [], core.scheduler.schedule
+
+    def counting(now=0.0):
+        plan = schedule(now)
+        computed.extend(n for _, n in plan.work)
+        encoded.extend(plan.encode)
+        return plan
+
+    core.scheduler.schedule = counting
+    page = PageTask(num_glyphs=5000)  # far more ink than any answer has text
+    ask = Ask((1, 2, IMAGE, 3, 4), (0,), 60)
+    seq = world.add(core, ask, page=page, guidance=SCHEMA, drafts="off", max_retries=2)
+    drain(core)
+    core.close()
+    outputs = [attempt.token_ids for attempt in seq.attempts]
+    assert len(outputs) == 3
+    assert len(set(map(tuple, outputs))) == 3, "attempts differ"
+    # Each attempt begins with the last token of the prompt, and does not compute the last one of the output.
+    assert sum(computed) == (seq.num_prompt - 1) + sum(map(len, outputs))
+    assert len(encoded) == 1
+    assert seq.output_ids == outputs[seq.best]
+    assert len(seq.output_ids) + seq.num_discarded == sum(map(len, outputs))
+
+
+def test_a_retry_of_a_page_that_was_drawn_draws_something_else(world):
+    core = world.core()
+    page = PageTask(num_glyphs=5000)
+    params = dict(guidance=SCHEMA, temperature=0.3, seed=0)  # what a retry of a greedy page takes
+    seq = world.add(core, Ask((1, 2), (), 60), page=page, **params)
+    drain(core)
+    first, second = seq.attempts
+    assert first.token_ids != second.token_ids
+
+
+def failing(name, error, after):
+    """A method that raises once it was called often enough."""
+
+    def method(self, *arguments):
+        self.calls = getattr(self, "calls", 0) + 1
+        if self.calls > after:
+            raise error
+        return getattr(super(type(self), self), name)(*arguments)
+
+    return method
+
+
+@pytest.mark.parametrize("after", [0, 3])
+@pytest.mark.parametrize("part", ["guide.masks", "guide.accept", "guard.push", "drafter.extend"])
+@pytest.mark.parametrize(
+    "error", [RequestError("too complex here"), AssertionError("a bug")], ids=["limit", "bug"]
+)
+def test_what_fails_in_the_steering_costs_its_own_sequence_alone(world, part, error, after):
+    core = world.core(max_num_seqs=4)
+    core.draft_budget.lengths = lambda acceptances, limit, *_: [3 if a > 0 else 0 for a in acceptances]
+    asks, params = [Ask((1, 2, i), (), 14) for i in range(4)], dict(guidance="page")
+    sequences = [world.add(core, ask, **params) for ask in asks]
+    holder, name = part.split(".")
+    broken = sequences[1].control
+    stub = getattr(broken, "_guard" if holder == "guard" else holder)
+    stub.__class__ = type("Broken", (type(stub),), {name: failing(name, error, after)})
+    drain(core)
+    core.close()
+    bad = sequences.pop(1)
+    asks.pop(1)
+    assert bad.finish_reason == "error"
+    assert str(error) in bad.error
+    for seq, ask in zip(sequences, asks, strict=True):
+        assert seq.output_ids == reference(world, ask, None, params).token_ids
+
+
+def test_broken_logits_cost_a_guided_page_alone(world):
+    core = world.core()
+    params = dict(guidance="page")
+    good = Ask((1, 2, 3), (), 9)
+    seq = world.add(core, good, **params)
+    bad = [
+        world.add(core, Ask((1, IMAGE, 2), (3,), 9), page=PageTask(), **params, **more)
+        for more in ({}, dict(temperature=1.0, seed=0), dict(repetition_penalty=1.5))
+    ]
+    for one in bad:
+        one.images[0].patches = np.full_like(one.images[0].patches, np.nan)
+    drain(core)
+    core.close()
+    for one in bad:
+        assert one.finish_reason == "error"
+        assert "not finite" in one.error
+    assert seq.output_ids == reference(world, good, None, params).token_ids
+
+
+def test_a_run_is_rescued_after_a_prompt_of_one_token(world, monkeypatch):
+    class AtFour(TouchyDetector):
+        def push(self, token):
+            self.ids.append(token)
+            return Loop("run", 1, 1, 4, 4) if len(self.ids) == 4 else None
+
+    monkeypatch.setattr(pagemill.core, "LoopDetector", AtFour)
+    core = world.core()
+    seq = world.add(core, Ask((1,), (), 9), max_rescues=1)
+    plain = world.add(core, Ask((1,), (), 9), guard="off")
+    drain(core)
+    assert seq.error is None
+    assert [event.action for event in seq.control.events] == ["ban", "end"]
+    assert seq.finish_reason == "loop"
+    assert seq.output_ids == plain.output_ids[:1], "what stood before the loop"
+
+
+def test_a_guide_ends_its_output_also_where_the_end_token_is_ignored(world):
+    core = world.core()
+    guided = world.add(core, Ask((1, 2), (), 60), guidance=SCHEMA, ignore_eos=True)
+    free = world.add(core, Ask((1, 2), (), 60), ignore_eos=True)
+    drain(core)
+    assert guided.finish_reason == "stop"
+    is_valid(core.text_of(guided), SCHEMA)
+    assert len(free.output_ids) == 60
+
+
+def test_a_stop_string_inside_what_the_grammar_forces_is_found(world):
+    core = world.core()
+    long = "".join(chr(0x41 + i * 7 % 26) for i in range(60))
+    seq = world.add(core, Ask((1,), (), 99), guidance=Regex(f"[a-d]{long}[a-d]{{40}}"), stop=(long[:1],))
+    drain(core)
+    assert seq.finish_reason == "stop"
+    assert re.fullmatch("[a-d]", core.text_of(seq))
