@@ -55,7 +55,9 @@ def test_every_sample_page_reads_as_transformers_does(engine):
     expected = reference()
     files = sorted(expected)
     seen = set()
-    for page in engine.read(files, params=SamplingParams(guidance="off", max_retries=0)):
+    for page in engine.read(
+        files, params=SamplingParams(guidance="off", max_retries=0), resolution="full"
+    ):
         row = expected[page.source]
         assert page.status in ("ok", "degenerate"), page.error
         assert page.raw == row["text"], page.source
