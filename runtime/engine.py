@@ -238,7 +238,8 @@ class Engine:
         `pagemill.pages.fit`. `draft_text` guesses a page's text from its RGB pixels, as a classical OCR engine does: it only
         makes the page faster. A page in `skip`, as (source, page), is not read. Blank pages and exact duplicates of a page
         of this call are answered without the model. A file or page that cannot be read gives a result with status "error"
-        and never stops the others. Leaving the iterator early cancels what is still running.
+        and never stops the others. Leaving the iterator early cancels what is still running. Raises `ConfigError` or
+        `RequestError`, at once, for options that cannot be meant.
         """
         given = [os.fspath(i) for i in ([inputs] if isinstance(inputs, str | os.PathLike) else inputs)]
         params, call = params or SamplingParams(), _Call()
@@ -255,10 +256,13 @@ class Engine:
                 else:
                     yield partial(self._start, self._read_page, page, options, call)
 
-        try:
-            yield from self._flow(tasks())
-        finally:
-            self._cancel(call)
+        def results() -> Iterator[PageResult]:
+            try:
+                yield from self._flow(tasks())
+            finally:
+                self._cancel(call)
+
+        return results()
 
     def generate(
         self, requests: SequenceOf[Request], params: SamplingParams | None = None
