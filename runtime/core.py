@@ -349,14 +349,14 @@ class EngineCore:
     def _settle(self, seq: Sequence, reason: FinishReason) -> FinishReason | None:
         """Judge a page that has come to its end; None if it ended badly and is generated once more.
 
-        The new attempt is rolled back to the prompt, whose keys and values are still there, so it costs only output tokens. After
-        the last attempt the best one becomes the sequence's; the reason returned is its own.
+        The new attempt is rolled back to the prompt, whose keys and values are still there, so it costs only output tokens, and
+        it ends at its first loop. After the last attempt the best one becomes the sequence's; the reason returned is its own.
         """
         if seq.page is None or reason == "error":
             return reason
         attempt = self._attempt(seq, reason)
         seq.attempts.append(attempt)
-        if attempt.ended_badly and len(seq.attempts) <= seq.params.max_retries:
+        if attempt.verdict.ended_badly and len(seq.attempts) <= seq.params.max_retries:
             seq.num_discarded += len(attempt.token_ids)
             self.scheduler.rollback(seq, seq.num_prompt)
             seq.closing = ""
@@ -365,6 +365,7 @@ class EngineCore:
                     seq.params,
                     temperature=max(seq.params.temperature, _RETRY_TEMPERATURE),
                     seed=(seq.params.seed or 0) + len(seq.attempts),
+                    max_rescues=0,
                 )
             )
             if seq.control.guide is not None:
@@ -387,7 +388,6 @@ class EngineCore:
             raw,
             reason,
             valid=seq.params.guidance != "page" or is_json_object(raw),
-            loops=len(seq.control.events) - sum(attempt.verdict.loops for attempt in seq.attempts),
             confidence=confidence([self._pieces[token] for token in output], seq.logprobs),
             mismatch=text_mismatch(num_chars, seq.page.num_glyphs, seq.page.num_rule_glyphs),
         )

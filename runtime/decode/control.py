@@ -41,7 +41,8 @@ class Control:
         self.sampling = SamplingState(params)
         self.guide, self.drafter = guide, drafter
         self._guard = guard
-        self._bodies: list[tuple[int, ...]] = []
+        self._bans: dict[tuple[int, ...], set[int]] = {}
+        """Tokens that may not follow these ones."""
         self._barred: tuple[int, int] | None = None
         """(index in the output, token): the token that began a repetition may not stand there again."""
         self._num_output = 0
@@ -52,7 +53,7 @@ class Control:
     @property
     def masked(self) -> bool:
         """Whether the next token is restricted."""
-        return self.guide is not None or bool(self._bodies) or self._barred is not None
+        return self.guide is not None or bool(self._bans) or self._barred is not None
 
     def draft(self, limit: int) -> list[int]:
         """At most `limit` tokens guessed to come next. Raises `RequestError` if the grammar exceeds its limits."""
@@ -80,15 +81,9 @@ class Control:
     def _banned(self, history: Sequence[int], draft: Sequence[int]) -> Iterator[int]:
         if self._barred is not None and self._barred[0] == self._num_output + len(draft):
             yield self._barred[1]
-        for body in self._bodies:
-            period = len(body)
-            window = min(max(period, _MIN_WINDOW), _MAX_WINDOW)
-            tail = [*history[-window:], *draft][-window:]
-            for phase in range(period):
-                if len(tail) == window and all(
-                    tail[-1 - i] == body[(phase - i) % period] for i in range(window)
-                ):
-                    yield body[(phase + 1) % period]
+        tail = (*history[-_MAX_WINDOW:], *draft)
+        for window in {len(key) for key in self._bans}:
+            yield from self._bans.get(tail[-window:], ())
 
     def extend(self, token_ids: Sequence[int]) -> Loop | None:
         """Take the output's next tokens (none that ends it). Returns a loop if they close one."""
@@ -133,14 +128,22 @@ class Control:
             if not closing:
                 self._barred = (loop.start, output[loop.start])
                 if loop.kind != "counter":
-                    self._bodies.append(tuple(output[loop.start : loop.start + loop.period]))
+                    self._ban(output[loop.start : loop.start + loop.period])
         self.events.append(
             LoopEvent(loop.kind, loop.start, loop.period, loop.repeats, loop.end - loop.start, action)
         )
         return closing
 
+    def _ban(self, body: Sequence[int]) -> None:
+        """Forbid to go on with `body` where it has just been written, in whatever phase."""
+        period = len(body)
+        window = min(max(period, _MIN_WINDOW), _MAX_WINDOW)
+        for phase in range(period):
+            key = tuple(body[(phase + i) % period] for i in range(window))
+            self._bans.setdefault(key, set()).add(body[(phase + window) % period])
+
     def restart(self, params: SamplingParams) -> None:
         """Begin the output again, with other parameters."""
         self.rollback(0)
         self.params, self.sampling = params, SamplingState(params)
-        self._bodies, self._barred, self._num_rescues = [], None, 0
+        self._bans, self._barred, self._num_rescues = {}, None, 0
