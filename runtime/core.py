@@ -29,7 +29,7 @@ from pagemill.decode.loops import LoopDetector, token_pieces
 from pagemill.decode.page import is_degenerate, is_json_object, parse_page
 from pagemill.decode.sampler import SamplingParams, Want, sample
 from pagemill.decode.verdict import Attempt, best_attempt, confidence, num_printed, text_mismatch
-from pagemill.errors import ConfigError, PagemillError, RequestError
+from pagemill.errors import ConfigError, RequestError, sentence
 from pagemill.model.loader import Model
 from pagemill.model.prompt import Prompter
 from pagemill.model.rope import mrope_positions
@@ -261,11 +261,12 @@ class EngineCore:
             if seq.error is None:
                 try:
                     reason = self._advance(seq, draft, length, reason)
-                except RequestError as error:
-                    seq.error = str(error)
+                    reason = reason and self._settle(seq, reason)
+                except Exception as error:  # one sequence's surprise must not cost another
+                    seq.error = sentence(error)
             if seq.error is not None:
                 reason = "error"
-            if reason is not None and (reason := self._settle(seq, reason)) is not None:
+            if reason is not None:
                 self.scheduler.finish(seq, reason)
                 seq.timeline.finished = now
                 finished.append(seq)
@@ -302,8 +303,8 @@ class EngineCore:
         for seq, draft in wanting:
             try:
                 seq.control.fill_masks(seq.token_ids, draft, masks[first : first + 1 + len(draft)])
-            except PagemillError as error:  # a grammar beyond its limits costs its own sequence alone
-                seq.error = str(error)
+            except Exception as error:  # a grammar beyond its limits costs its own sequence alone
+                seq.error = sentence(error)
             first += 1 + len(draft)
         return masks
 
@@ -328,7 +329,7 @@ class EngineCore:
             reason = "loop" if tokens is None else self._append(seq, tokens)
         if reason is None and control.guide is not None:
             reason = self._append(seq, control.guide.forced())
-        if seq.params.stop and reason in (None, "length") and self._hit_stop_string(seq):
+        if seq.params.stop and reason in (None, "length") and self._hit_stop_string(seq, length):
             reason = "stop"
         if reason in ("length", "loop") and control.guide is not None:
             seq.closing = control.guide.closing() or ""
@@ -352,7 +353,7 @@ class EngineCore:
         The new attempt is rolled back to the prompt, whose keys and values are still there, so it costs only output tokens, and
         it ends at its first loop. After the last attempt the best one becomes the sequence's; the reason returned is its own.
         """
-        if seq.page is None or reason == "error":
+        if seq.page is None:
             return reason
         attempt = self._attempt(seq, reason)
         seq.attempts.append(attempt)
@@ -406,10 +407,10 @@ class EngineCore:
         cuts = [at for stop in seq.params.stop if (at := text.find(stop)) >= 0]
         return text[: min(cuts)] if cuts else text
 
-    def _hit_stop_string(self, seq: Sequence) -> bool:
-        # A character takes at most four byte-level tokens, so a stop string that has just ended lies in this tail.
+    def _hit_stop_string(self, seq: Sequence, length: int) -> bool:
+        # A character takes at most four byte-level tokens: a stop string that ended beyond `length` begins in this tail.
         tail = 4 * max(len(stop) for stop in seq.params.stop) + 4
-        text = self.prompter.decode(seq.token_ids[max(seq.num_prompt, len(seq.token_ids) - tail) :])
+        text = self.prompter.decode(seq.token_ids[max(seq.num_prompt, length - tail) :])
         return any(stop in text for stop in seq.params.stop)
 
 
