@@ -2,8 +2,8 @@
 
     python bench/rescue.py --json bench/results/rescue.json
 
-Reads the hard and the stress pages of `bench/pages` with every stage of the model, and with the two weak stages rounded to 3 bits
-a weight (they loop more), under four policies:
+Reads the hard and the stress pages of `bench/pages` with every stage of the model, and with the weakest one rounded to 3 bits a
+weight (it loops more), under four policies:
 
 off           no guard: one global cap of tokens
 stop          a loop ends the page
@@ -51,7 +51,6 @@ MODELS: dict[str, tuple[str, int | None]] = {
     "final": ("final", None),
     "stage2": ("stage2", None),
     "stage1": ("stage1", None),
-    "stage2, 3 bits": ("stage2", 3),
     "stage1, 3 bits": ("stage1", 3),
 }
 LOOPING_SHARE = 0.024
@@ -81,14 +80,14 @@ class PageRun:
 
 
 def pages_of(group: str) -> list[tuple[Path, Truth]]:
-    """Return the pages of a group (clean, hard, stress) with their truths."""
+    """Return the pages of a group (clean: every third of them, hard, stress) with their truths."""
     folder = environment.PAGES / "stress" if group == "stress" else environment.PAGES
     truths = read_truths(folder / "truth.jsonl")
-    return [
-        (folder / t.name, t)
-        for t in truths
-        if group == "stress" or t.name.startswith("hard") == (group == "hard")
-    ]
+    pages = [(folder / truth.name, truth) for truth in truths]
+    if group == "stress":
+        return pages
+    hard = [page for page in pages if page[1].name.startswith("hard")]
+    return hard if group == "hard" else [page for page in pages if page not in hard][::3]
 
 
 def read_group(engine: Engine, model: str, policy: str, group: str, cap: int) -> list[PageRun]:
