@@ -12,11 +12,11 @@ callable    the pictures alone, with the noisy text from `draft_text`
 forms       the pictures of the forms: earlier pages and the page itself
 scans       the pictures of prose and legal pages: as good as no source
 
-Every measurement has a fresh engine, which knows no page. "off" and "auto" take turns; the first of the two changes from repeat to
-repeat. The ratio is that of processor times (all threads of the process, one thread in the kernels), which other programs disturb
-less than the clock; the median over the repeats, and the range. `steps` is the time of `step` calls alone, without the
-preparation of pages. A sequence-step is one sequence getting tokens in one step; forced tokens are not the model's and are not
-counted. Exits with 1 if any output token or its log-probability differs.
+Every measurement has a fresh engine, which knows no page. "off" and "auto" take turns; the first of the two changes from
+repeat to repeat. The ratio is that of processor times (all threads of the process, one thread in the kernels), which other
+programs disturb less than the clock: the median over the repeats, and the range. The next column is the same for the engine's
+steps alone, without the preparation of pages. A sequence-step is one sequence getting tokens in one step. Exits with 1 if any
+output token or its log-probability differs.
 """
 
 from __future__ import annotations
@@ -80,7 +80,9 @@ def write_pdf(path: Path, picture: Path, text: str) -> None:
     step = height / (len(lines) + 1)
     content = b"q %d 0 0 %d 0 0 cm /I Do Q BT /F %d Tf 3 Tr\n" % (width, height, max(1, int(step * 0.7)))
     for i, line in enumerate(lines, 1):
-        escaped = line.replace("\\", r"\\").replace("(", r"\(").replace(")", r"\)").encode("cp1252", "replace")
+        escaped = (
+            line.replace("\\", r"\\").replace("(", r"\(").replace(")", r"\)").encode("cp1252", "replace")
+        )
         content += b"1 0 0 1 8 %.1f Tm (" % (height - i * step) + escaped + b") Tj\n"
     content += b"ET"
     pixels = zlib.compress(image.tobytes())
@@ -101,7 +103,8 @@ def write_pdf(path: Path, picture: Path, text: str) -> None:
     table = b"".join(b"%010d 00000 n \n" % place for place in places)
     size = len(places) + 1
     path.write_bytes(
-        data + b"xref\n0 %d\n0000000000 65535 f \n%strailer<</Size %d/Root 1 0 R>>\n" % (size, table, size)
+        data
+        + b"xref\n0 %d\n0000000000 65535 f \n%strailer<</Size %d/Root 1 0 R>>\n" % (size, table, size)
         + b"startxref\n%d\n%%%%EOF\n" % len(data)
     )
 
@@ -135,7 +138,9 @@ def make_cases(folder: Path, count: int) -> list[Case]:
         Case("digital", [str(environment.PAGES / "digital_3p.pdf")]),
         Case("layer", [str(folder / f"{page.stem}.pdf") for page in mixed]),
         Case("noisy", [str(folder / f"{page.stem}_noisy.pdf") for page in mixed]),
-        Case("callable", list(map(str, mixed)), lambda rgb: by_content[hashlib.sha256(rgb.tobytes()).digest()]),
+        Case(
+            "callable", list(map(str, mixed)), lambda rgb: by_content[hashlib.sha256(rgb.tobytes()).digest()]
+        ),
         Case("forms", list(map(str, pages("form")))),
         Case("scans", list(map(str, pages("prose", "legal")))),
     ]
@@ -165,7 +170,9 @@ class Measurement:
     outputs: dict[tuple[str, int], Output]
 
 
-def measure(case: Case, dtype: str, concurrency: int, drafts: Drafts, args: argparse.Namespace) -> Measurement:
+def measure(
+    case: Case, dtype: str, concurrency: int, drafts: Drafts, args: argparse.Namespace
+) -> Measurement:
     """Read a case with a fresh engine; loading is outside the times."""
     m = Measurement(0, 0, 0, 0, 0, 0, 0, 0, {})
     by_sequence: list[Sequence] = []
@@ -310,9 +317,11 @@ def main() -> None:
         measure(cases[0], args.dtype[0], 1, "auto", args)  # first calls set up threads and libraries
         for dtype in args.dtype:
             for concurrency in args.concurrency:
-                for case in cases:
-                    if args.cases is None or case.name in args.cases:
-                        rows.append(run_case(case, dtype, concurrency, args))
+                rows += [
+                    run_case(case, dtype, concurrency, args)
+                    for case in cases
+                    if args.cases is None or case.name in args.cases
+                ]
     if args.json:
         result = {"environment": where, "options": vars(args), "rows": rows}
         Path(args.json).write_text(json.dumps(result, indent=1), encoding="utf-8")

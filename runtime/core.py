@@ -108,6 +108,8 @@ class EngineCore:
         )
         self.drafts = DraftIndex()
         self.draft_budget = DraftBudget()
+        # This thread's own time on the CPU: what else runs there does not make drafts dearer.
+        self._clock = time.thread_time if model.vision.device.type == "cpu" else time.perf_counter
         self._guides = GuideFactory(
             prompter.tokenizer, text.vocab_size, model.config.eos_token_ids, page_format or PageFormat()
         )
@@ -239,7 +241,7 @@ class EngineCore:
         masks: Future[npt.NDArray[np.int32]] | None = None
         if masked and sum(1 + len(draft) for _, draft in wanting) >= _ROWS_BESIDE:
             masks = self._mask_thread.submit(self._fill_masks, wanting)
-        started = time.perf_counter()
+        started = self._clock()
         logits = self.runner.execute(plan)
         mask: Tensor | None = None
         if masked:
@@ -249,8 +251,9 @@ class EngineCore:
         token_ids, logprobs = sample(logits, wants, self.model.decoder.kernels.greedy, mask)
         self.num_steps += 1
         now = time.perf_counter()
-        if not plan.encode:
-            self.draft_budget.observe(sum(n for _, n in plan.work), now - started)
+        num_drafted = sum(len(draft) for _, draft in wanting)
+        if not plan.encode and sum(n for _, n in plan.work) == len(wanting) + num_drafted:
+            self.draft_budget.observe(len(wanting), num_drafted, self._clock() - started)
         lengths = [len(seq.token_ids) for seq, _ in wanting]
         reasons = dict(self.scheduler.update(plan, token_ids, logprobs, now))
         finished: list[Sequence] = []
@@ -274,26 +277,17 @@ class EngineCore:
 
     def _guess(self) -> None:
         """Give sequences that decode as many draft tokens as pay at the present load."""
-        drafting: list[tuple[Sequence, Drafter]] = []
-        others = 0
-        for seq in self.scheduler.running:
-            behind = len(seq.token_ids) - seq.num_computed
-            if behind == 1 and seq.control.drafter is not None:
-                drafting.append((seq, seq.control.drafter))
-            else:
-                others += behind
-        if not drafting:
-            return
+        decoding = [seq for seq in self.scheduler.running if len(seq.token_ids) - seq.num_computed == 1]
+        drafters = [seq.control.drafter for seq in decoding]
         lengths = self.draft_budget.lengths(
-            [drafter.acceptance for _, drafter in drafting],
-            _MAX_DRAFT,
-            min(others, self.config.max_step_tokens),
+            [0.0 if drafter is None else drafter.acceptance for drafter in drafters], _MAX_DRAFT
         )
-        for (seq, _), length in zip(drafting, lengths, strict=True):
+        for seq, length in zip(decoding, lengths, strict=True):
             room = seq.max_tokens - len(seq.token_ids) - 1
             seq.draft = []
-            with suppress(RequestError):  # the step's masks say so again
-                seq.draft = seq.control.draft(min(length, room))
+            if length:
+                with suppress(RequestError):  # the step's masks say so again
+                    seq.draft = seq.control.draft(min(length, room))
 
     def _fill_masks(self, wanting: list[tuple[Sequence, list[int]]]) -> npt.NDArray[np.int32]:
         """Which tokens the rows of this step may give: int32 `[rows, V / 32]`."""

@@ -69,7 +69,7 @@ class Control:
             out[:] = -1
         else:
             rows = self.guide.masks(draft, out)
-        for i in range(rows if self._bodies or self._barred is not None else 0):
+        for i in range(rows if self._bans or self._barred is not None else 0):
             banned = set(self._banned(history, draft[:i]))
             if banned:
                 row = out[i].copy()
