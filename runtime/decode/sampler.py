@@ -46,7 +46,7 @@ class SamplingParams:
     guard: Literal["rescue", "stop", "off"] = "rescue"
     """What happens to a repetition loop: rolled back and suppressed, ended, or nothing (as with `ignore_eos`)."""
     max_rescues: int = 2
-    """Loops of one output that are rescued; the next one ends it."""
+    """Loops of one output that are rescued; the next one ends it, and a retry ends at its first."""
     max_retries: int = 1
     """Times that a page which ended badly is generated again from its prompt's cache; pages only."""
     drafts: Literal["auto", "off"] = "auto"
