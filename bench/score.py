@@ -9,8 +9,9 @@ raw     the model's output as it is, by the published evaluation: the values of 
 record  the fields that pagemill writes (broken JSON mended), header, margin, text, footer, against those of the truth. The
         model's own card is scored like this: 0.829 and 5.4 % character errors on the clean pages, 0.185 on the hard ones.
 
-Beside each stands what transformers wrote for the same pages (float32, greedy, at most 768 tokens: `reference_hf_fp32.jsonl`); with
-`--plain` pagemill reads them under the same conditions, without guidance, loop guard and scaling.
+Beside each stands what transformers wrote for the same pages (float32, greedy, at most 768 tokens:
+`reference_hf_fp32.jsonl`); with `--plain` pagemill reads them under the same conditions, without guidance, loop guard and
+scaling.
 
 The metric is `pagemill.score`; the rate of degenerate pages depends on the token cap.
 """
