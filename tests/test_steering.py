@@ -436,6 +436,35 @@ def test_a_run_is_rescued_after_a_prompt_of_one_token(world, monkeypatch):
     assert seq.output_ids == plain.output_ids[:1], "what stood before the loop"
 
 
+def test_what_was_rolled_back_is_never_found_as_something_else(world, monkeypatch):
+    """The block at the cut is filled anew; another request with the old tokens must not get it."""
+
+    class OnceAtNine(TouchyDetector):
+        told = False
+
+        def push(self, token):
+            self.ids.append(token)
+            if len(self.ids) != 9 or self.told:
+                return None
+            self.told = True
+            return Loop("period", 2, 2, 3, 9)
+
+    prompt = (1, 2, 3)
+    old = reference(world, Ask(prompt, (), 9), None, dict(guard="off", ignore_eos=True)).token_ids
+    monkeypatch.setattr(pagemill.core, "LoopDetector", OnceAtNine)
+    for block_size in (1, 2, 3, 4, 6):
+        core = world.core(block_size=block_size)
+        seq = world.add(core, Ask(prompt, (), 20), drafts="off")
+        drain(core)
+        assert seq.output_ids[:2] == old[:2]
+        assert seq.output_ids[2] != old[2]
+        again = Ask((*prompt, *old), (), 6)
+        other = world.add(core, again, guard="off", drafts="off")
+        drain(core)
+        assert other.output_ids == reference(world, again, None, dict(guard="off")).token_ids
+        core.close()
+
+
 def test_a_guide_ends_its_output_also_where_the_end_token_is_ignored(world):
     core = world.core()
     guided = world.add(core, Ask((1, 2), (), 60), guidance=SCHEMA, ignore_eos=True)

@@ -37,7 +37,7 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     """End when the output contains one of these; the output is cut before it."""
     ignore_eos: bool = False
-    """Go on after the end token, to max_new_tokens (for measurements)."""
+    """Go on after the end token, to max_new_tokens (for measurements); an output that `guidance` shapes ends all the same."""
     logprobs: bool = False
     """Report the log-probability of each output token."""
     guidance: str | Mapping[str, Any] | Regex = "auto"
