@@ -418,13 +418,13 @@ class DraftBudget:
 
     _OUTLIER = 2.0  # a step counts at most this many times what was expected
     _UNKNOWN = 0.5  # of a sequence's cost is taken for a draft token's, where nothing was seen
-    _MARGIN = 1.02  # drafts must promise this much more tokens a second
+    _MARGIN = 1.03  # drafts must promise this much more tokens a second
     _EXPLORE = 0.005  # share of all time that trying longer drafts may cost
     _STALE = 100  # steps after which a class is looked at again
     _SELDOM = 8  # of so many steps without drafts that nobody asked for, one is looked at
     _ENOUGH = 1.5  # steps of a class, older ones for less, that its mean is believed from
     _NEAR = 2  # classes to both sides that tell enough of what sequences cost
-    _THRESHOLDS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.32, 0.25, 0.2, 0.16, 0.12, 0.09, 0.07)
+    _THRESHOLDS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.32, 0.25, 0.2, 0.16, 0.12)
     _MOST = 0.98  # no guess is taken to be surer
 
     def __init__(self) -> None:
