@@ -185,7 +185,11 @@ def test_a_page_too_large_for_the_context_is_one_record(tmp_path):
     with Engine.from_pretrained("pagemill-tiny", max_model_len=1000) as engine:
         results = {
             r.source: r
-            for r in engine.read([str(tmp_path / "large.png"), good], params=SamplingParams(max_new_tokens=4))
+            for r in engine.read(
+                [str(tmp_path / "large.png"), good],
+                params=SamplingParams(max_new_tokens=4),
+                resolution="full",
+            )
         }
     bad = results[str(tmp_path / "large.png")]
     assert bad.status == "error"
