@@ -2,8 +2,8 @@
 
 Rescue. A loop is rolled back to the start of its second repetition, so that one good instance stays, and may not simply go on:
 the first time its continuation is banned (below), later the string that is being written is closed through the grammar, so
-that the next field begins. After `max_rescues` the sequence ends. (Closing at once loses more text than it saves; a second ban
-is mostly followed by a third loop: `bench/results/rescue.md`.)
+that the next field begins. After `max_rescues` the sequence ends. (A second ban leaves more pages degenerate
+than closing: `bench/results/rescue.md`.)
 
 The ban. Where the last `window` tokens follow the loop's body, in whatever phase, the token that would go on with it is
 forbidden from there to the end of the output. The window is the body itself, at least `_MIN_WINDOW` tokens, so that short runs
