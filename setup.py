@@ -11,7 +11,9 @@ setup(
     packages=["pagemill", "pagemill.kernels"]
     + [f"pagemill.{name}" for name in find_packages("runtime") if not name.startswith("assets")],
     package_dir={"pagemill": "runtime", "pagemill.kernels": "kernels"},
-    package_data={"pagemill": ["py.typed", "_native.pyi", "assets/pagemill-tiny/*", "cost/data/*", "cost/assets/*"]},
+    package_data={
+        "pagemill": ["py.typed", "_native.pyi", "assets/pagemill-tiny/*", "cost/data/*", "cost/assets/*"]
+    },
     ext_modules=[
         Pybind11Extension(
             "pagemill._native",

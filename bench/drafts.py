@@ -12,11 +12,13 @@ callable    the pictures alone, with the noisy text from `draft_text`
 forms       the pictures of the forms: earlier pages and the page itself
 scans       the pictures of prose and legal pages: as good as no source
 
-Every measurement has a fresh engine, which knows no page. "off" and "auto" take turns; the first of the two changes from repeat to
-repeat. The ratio is that of processor times (all threads of the process, one thread in the kernels), which other programs disturb
-less than the clock; the median over the repeats, and the range. `steps` is the time of `step` calls alone, without the
-preparation of pages. A sequence-step is one sequence getting tokens in one step; forced tokens are not the model's and are not
-counted. Exits with 1 if any output token or its log-probability differs.
+Every measurement has a fresh engine, which knows no page. "off" and "auto" take turns; the first of the two changes from
+repeat to repeat. The ratio is that of processor times (all threads of the process, one thread in the kernels), which other
+programs disturb less than the clock: the median over the repeats, and the range. The next column is the same for the engine's
+steps alone, without the preparation of pages. `guess` is the share of all processor time that deciding, guessing and keeping
+count take, so what drafts cost where they are of no use; shares are steadier than ratios of two runs. A sequence-step is one
+sequence getting tokens in one step. One page at a time, a third of the pages are read. Exits with 1 if any output token or its
+log-probability differs.
 """
 
 from __future__ import annotations
@@ -80,7 +82,9 @@ def write_pdf(path: Path, picture: Path, text: str) -> None:
     step = height / (len(lines) + 1)
     content = b"q %d 0 0 %d 0 0 cm /I Do Q BT /F %d Tf 3 Tr\n" % (width, height, max(1, int(step * 0.7)))
     for i, line in enumerate(lines, 1):
-        escaped = line.replace("\\", r"\\").replace("(", r"\(").replace(")", r"\)").encode("cp1252", "replace")
+        escaped = (
+            line.replace("\\", r"\\").replace("(", r"\(").replace(")", r"\)").encode("cp1252", "replace")
+        )
         content += b"1 0 0 1 8 %.1f Tm (" % (height - i * step) + escaped + b") Tj\n"
     content += b"ET"
     pixels = zlib.compress(image.tobytes())
@@ -101,7 +105,8 @@ def write_pdf(path: Path, picture: Path, text: str) -> None:
     table = b"".join(b"%010d 00000 n \n" % place for place in places)
     size = len(places) + 1
     path.write_bytes(
-        data + b"xref\n0 %d\n0000000000 65535 f \n%strailer<</Size %d/Root 1 0 R>>\n" % (size, table, size)
+        data
+        + b"xref\n0 %d\n0000000000 65535 f \n%strailer<</Size %d/Root 1 0 R>>\n" % (size, table, size)
         + b"startxref\n%d\n%%%%EOF\n" % len(data)
     )
 
@@ -135,7 +140,9 @@ def make_cases(folder: Path, count: int) -> list[Case]:
         Case("digital", [str(environment.PAGES / "digital_3p.pdf")]),
         Case("layer", [str(folder / f"{page.stem}.pdf") for page in mixed]),
         Case("noisy", [str(folder / f"{page.stem}_noisy.pdf") for page in mixed]),
-        Case("callable", list(map(str, mixed)), lambda rgb: by_content[hashlib.sha256(rgb.tobytes()).digest()]),
+        Case(
+            "callable", list(map(str, mixed)), lambda rgb: by_content[hashlib.sha256(rgb.tobytes()).digest()]
+        ),
         Case("forms", list(map(str, pages("form")))),
         Case("scans", list(map(str, pages("prose", "legal")))),
     ]
@@ -156,7 +163,8 @@ class Measurement:
     cpu: float
     wall: float
     step_cpu: float
-    """Seconds: of all threads, of the clock, and of the engine's thread in its steps."""
+    guess_cpu: float
+    """Seconds: of all threads, of the clock, of the engine's thread in its steps, and there for guessing."""
     steps: int
     sequence_steps: int
     proposed: int
@@ -165,9 +173,11 @@ class Measurement:
     outputs: dict[tuple[str, int], Output]
 
 
-def measure(case: Case, dtype: str, concurrency: int, drafts: Drafts, args: argparse.Namespace) -> Measurement:
+def measure(
+    case: Case, dtype: str, concurrency: int, drafts: Drafts, args: argparse.Namespace
+) -> Measurement:
     """Read a case with a fresh engine; loading is outside the times."""
-    m = Measurement(0, 0, 0, 0, 0, 0, 0, 0, {})
+    m = Measurement(0, 0, 0, 0, 0, 0, 0, 0, 0, {})
     by_sequence: list[Sequence] = []
     with Engine.from_pretrained(args.model, dtype=dtype, max_num_seqs=concurrency, num_threads=1) as engine:
         step = engine.core.step
@@ -181,7 +191,18 @@ def measure(case: Case, dtype: str, concurrency: int, drafts: Drafts, args: argp
             by_sequence.extend(finished)
             return advanced, finished
 
-        engine.core.step = counted  # type: ignore[method-assign]
+        def timed(function: Callable[..., None]) -> Callable[..., None]:
+            def call(*given: Any) -> None:
+                started = time.thread_time()
+                function(*given)
+                m.guess_cpu += time.thread_time() - started
+
+            return call
+
+        core = engine.core
+        core.step = counted  # type: ignore[method-assign]
+        core._guess = timed(core._guess)  # type: ignore[method-assign]
+        core.draft_budget.observe = timed(core.draft_budget.observe)  # type: ignore[method-assign]
         params = SamplingParams(max_new_tokens=args.max_new_tokens, drafts=drafts)
         cpu, wall = time.process_time(), time.perf_counter()
         pages = list(engine.read(case.files, params=params, draft_text=case.draft_text))
@@ -253,6 +274,7 @@ def run_case(case: Case, dtype: str, concurrency: int, args: argparse.Namespace)
         "pages_per_s": {k: spread([pages / m.wall for m in v]) for k, v in runs.items()},
         "steps": {k: spread([float(m.steps) for m in v]) for k, v in runs.items()},
         "sequence_steps": {k: spread([float(m.sequence_steps) for m in v]) for k, v in runs.items()},
+        "guess_share": mean(lambda m: m.guess_cpu / m.cpu),
         "proposed": mean(lambda m: m.proposed),
         "accepted": mean(lambda m: m.accepted),
         "accepted_per_step": mean(lambda m: m.accepted / m.steps),
@@ -268,7 +290,7 @@ def run_case(case: Case, dtype: str, concurrency: int, args: argparse.Namespace)
         f"{row['accepted_per_sequence_step']:7.2f}{row['proposed']:7.0f}{share:6.0%}"
         f"{cpu['off']['median']:8.3f}{cpu['auto']['median']:7.3f}"
         f"{faster['median']:7.3f} ({faster['min']:.3f} to {faster['max']:.3f})"
-        f"{row['faster_steps']['median']:7.3f}{speed['off']['median']:7.2f}{speed['auto']['median']:6.2f}"
+        f"{row['faster_steps']['median']:7.3f}{row['guess_share']:7.1%}{speed['off']['median']:7.2f}{speed['auto']['median']:6.2f}"
         f"  {'same' if not different else f'{len(different)} DIFFER'}",
         flush=True,
     )
@@ -299,8 +321,8 @@ def main() -> None:
     print(
         f"{args.model}, greedy, at most {args.max_new_tokens} new tokens, one thread, {args.repeats} repeats\n\n"
         f"{'':26}{'steps':>13}{'accepted per':>14}{'':13}{'CPU s a page':>15}{'times faster':>15}{'':13}"
-        f"{'in':>3}{'pages/s':>13}\n{'':22}{'':4}{'off':>7}{'auto':>6}{'step':>7}{'seq.':>7}{'tried':>7}{'kept':>6}"
-        f"{'off':>8}{'auto':>7}{'':25}{'steps':>7}{'off':>7}{'auto':>6}"
+        f"{'in':>3}{'':7}{'pages/s':>13}\n{'':22}{'':4}{'off':>7}{'auto':>6}{'step':>7}{'seq.':>7}{'tried':>7}{'kept':>6}"
+        f"{'off':>8}{'auto':>7}{'':25}{'steps':>7}{'guess':>7}{'off':>7}{'auto':>6}"
     )
     rows = []
     with tempfile.TemporaryDirectory() as folder:
@@ -310,9 +332,12 @@ def main() -> None:
         measure(cases[0], args.dtype[0], 1, "auto", args)  # first calls set up threads and libraries
         for dtype in args.dtype:
             for concurrency in args.concurrency:
-                for case in cases:
-                    if args.cases is None or case.name in args.cases:
-                        rows.append(run_case(case, dtype, concurrency, args))
+                count = args.pages if concurrency > 1 else args.pages // 3
+                rows += [
+                    run_case(case._replace(files=case.files[:count]), dtype, concurrency, args)
+                    for case in cases
+                    if args.cases is None or case.name in args.cases
+                ]
     if args.json:
         result = {"environment": where, "options": vars(args), "rows": rows}
         Path(args.json).write_text(json.dumps(result, indent=1), encoding="utf-8")

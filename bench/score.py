@@ -9,7 +9,9 @@ raw     the model's output as it is, by the published evaluation: the values of 
 record  the fields that pagemill writes (broken JSON mended), header, margin, text, footer, against those of the truth. The
         model's own card is scored like this: 0.829 and 5.4 % character errors on the clean pages, 0.185 on the hard ones.
 
-Beside each stands what transformers wrote for the same pages (float32, greedy, at most 768 tokens: `reference_hf_fp32.jsonl`).
+Beside each stands what transformers wrote for the same pages (float32, greedy, at most 768 tokens:
+`reference_hf_fp32.jsonl`); with `--plain` pagemill reads them under the same conditions, without guidance, loop guard and
+scaling.
 
 The metric is `pagemill.score`; the rate of degenerate pages depends on the token cap.
 """
@@ -20,6 +22,7 @@ import argparse
 import json
 import time
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +121,9 @@ def main() -> None:
     parser.add_argument("--kernels", choices=["auto", "reference", "native", "triton"], default="auto")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--max-new-tokens", type=int, default=768)
+    parser.add_argument(
+        "--plain", action="store_true", help="no guidance, guard or scaling, as transformers read the pages"
+    )
     parser.add_argument("--json", help="write the numbers, and those of every page, to this file")
     args = parser.parse_args()
 
@@ -129,7 +135,10 @@ def main() -> None:
     ) as engine:
         description = engine.describe()
         started = time.perf_counter()
-        for page in engine.read(files, params=SamplingParams(max_new_tokens=args.max_new_tokens)):
+        params = SamplingParams(max_new_tokens=args.max_new_tokens)
+        if args.plain:
+            params = replace(params, guidance="off", guard="off", max_retries=0)
+        for page in engine.read(files, params=params, resolution="full" if args.plain else "auto"):
             if page.error:
                 raise SystemExit(page.error)
             fields = {name: getattr(page, name) for name in FIELDS}

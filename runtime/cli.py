@@ -237,6 +237,7 @@ def read(
             raise ConfigError(
                 f"--quantize {quantize} is not supported yet: leave it out to run the checkpoint as it is."
             )
+        conforming = _guidance(guidance)
         # Here and below: what is slow to import waits until it is needed, so that --help is instant.
         from pagemill.jobs import list_inputs, open_output, run
         from pagemill.jobs.progress import ProgressReport, summary
@@ -260,7 +261,7 @@ def read(
 
                 params = SamplingParams(
                     max_new_tokens=max_new_tokens,
-                    guidance=_guidance(guidance),
+                    guidance=conforming,
                     guard=guard,
                     drafts=drafts,
                 )

@@ -30,7 +30,7 @@ from pagemill.decode.loops import LoopDetector, token_pieces
 from pagemill.decode.page import is_degenerate, is_json_object, parse_page
 from pagemill.decode.sampler import SamplingParams, Want, sample
 from pagemill.decode.verdict import Attempt, best_attempt, confidence, num_printed, text_mismatch
-from pagemill.errors import ConfigError, PagemillError, RequestError
+from pagemill.errors import ConfigError, RequestError, sentence
 from pagemill.model.loader import Model
 from pagemill.model.prompt import Prompter
 from pagemill.model.rope import mrope_positions
@@ -44,7 +44,7 @@ from pagemill.stats import EngineStats
 _DEFAULT_MODEL_LEN = 32768
 _MAX_DRAFT = 16  # tokens guessed for one sequence in one step
 _GIVEN_ROWS = 256  # tokens of references judged in one step: a row of logits takes up to 0.6 MB
-_ROWS_BESIDE = 48  # masks of fewer rows are made after the model has run: another thread takes over later
+_ROWS_BESIDE = 48  # masks of fewer rows are made after the model has run: another thread takes over too late
 _MAX_SALTS = 4  # whose outputs are remembered for drafts: some 25 MB each
 _NOT_FINITE = "the model computed values that are not finite numbers; try float32, or check the checkpoint"
 _RETRY_TEMPERATURE = 0.3  # enough to leave the path that ended badly
@@ -113,6 +113,8 @@ class EngineCore:
         self._draft_indexes: OrderedDict[str, DraftIndex] = OrderedDict()
         self.draft_budget = DraftBudget()
         self.page_format = page_format or PageFormat()
+        # This thread's own time on the CPU: what else runs there does not make drafts dearer.
+        self._clock = time.thread_time if model.vision.device.type == "cpu" else time.perf_counter
         self._guides = GuideFactory(
             prompter.tokenizer, text.vocab_size, model.config.eos_token_ids, self.page_format
         )
@@ -199,6 +201,7 @@ class EngineCore:
             [(image.start, image.grid) for image in prompt.images],
             config.vision.spatial_merge_size,
         )
+        control = self._control(params, page, reference)
         seq = Sequence(
             id=self._next_id,
             token_ids=prompt.token_ids,
@@ -208,8 +211,10 @@ class EngineCore:
             position_delta=delta,
             params=params,
             max_tokens=min(num_prompt + max_new, self.max_model_len, pool),
-            stop_ids=frozenset() if params.ignore_eos or reference else config.eos_token_ids,
-            control=self._control(params, page, reference),
+            stop_ids=frozenset()
+            if reference or (params.ignore_eos and control.guide is None)
+            else config.eos_token_ids,
+            control=control,
             priority=priority,
             page=page,
             timeline=Timeline(arrived=time.perf_counter()),
@@ -266,7 +271,7 @@ class EngineCore:
         if masked and sum(1 + len(draft) for _, draft in wanting) >= _ROWS_BESIDE:
             masks = self._mask_thread.submit(self._fill_masks, wanting)
         encode_s = self.runner.encode_s
-        started = time.perf_counter()
+        started, clock = time.perf_counter(), self._clock()
         logits = self.runner.execute(plan)
         computed = time.perf_counter()
         encode_s = self.runner.encode_s - encode_s
@@ -287,8 +292,10 @@ class EngineCore:
         stats.sampling_s += now - masks_made
         used = self.blocks.num_blocks - self.blocks.num_free
         places = len(self.scheduler.running)
-        if not plan.encode:
-            self.draft_budget.observe(sum(n for _, n in plan.work), now - started)
+        num_drafted = sum(len(draft) for _, draft in wanting)
+        decodes = sum(n for _, n in plan.work) == len(wanting) + num_drafted
+        if decodes and not plan.encode and all(seq.control.reference is None for seq, _ in wanting):
+            self.draft_budget.observe(len(wanting), num_drafted, self._clock() - clock)
         lengths = [len(seq.token_ids) for seq, _ in wanting]
         reasons = dict(self.scheduler.update(plan, token_ids, logprobs, now))
         finished: list[Sequence] = []
@@ -299,11 +306,12 @@ class EngineCore:
             if seq.error is None:
                 try:
                     reason = self._advance(seq, draft, length, reason)
-                except RequestError as error:
-                    seq.error = str(error)
+                    reason = reason and self._settle(seq, reason)
+                except Exception as error:  # one sequence's surprise must not cost another
+                    seq.error = sentence(error)
             if seq.error is not None:
                 reason = "error"
-            if reason is not None and (reason := self._settle(seq, reason)) is not None:
+            if reason is not None:
                 self.scheduler.finish(seq, reason)
                 seq.timeline.finished = now
                 finished.append(seq)
@@ -340,30 +348,26 @@ class EngineCore:
 
     def _guess(self) -> None:
         """Give sequences that decode as many draft tokens as pay at the present load."""
-        drafting: list[tuple[Sequence, Drafter]] = []
-        others = 0
+        decoding: list[Sequence] = []
         rows = _GIVEN_ROWS
         for seq in self.scheduler.running:
-            behind = len(seq.token_ids) - seq.num_computed
-            if behind == 1 and seq.control.reference is not None:
-                done = len(seq.token_ids) - seq.num_prompt
-                seq.draft = list(seq.control.reference[done : done + rows][:-1])
-                rows -= len(seq.draft)
-                others += 1 + len(seq.draft)
-            elif behind == 1 and seq.control.drafter is not None:
-                drafting.append((seq, seq.control.drafter))
-            else:
-                others += behind
-        if not drafting:
-            return
+            if len(seq.token_ids) - seq.num_computed == 1:
+                if seq.control.reference is None:
+                    decoding.append(seq)
+                else:
+                    done = len(seq.token_ids) - seq.num_prompt
+                    seq.draft = list(seq.control.reference[done : done + rows][:-1])
+                    rows -= len(seq.draft)
+        drafters = [seq.control.drafter for seq in decoding]
         lengths = self.draft_budget.lengths(
-            [drafter.acceptance for _, drafter in drafting],
-            _MAX_DRAFT,
-            min(others, self.config.max_step_tokens),
+            [0.0 if drafter is None else drafter.acceptance for drafter in drafters], _MAX_DRAFT
         )
-        for (seq, drafter), length in zip(drafting, lengths, strict=True):
+        for seq, length in zip(decoding, lengths, strict=True):
             room = seq.max_tokens - len(seq.token_ids) - 1
-            seq.draft = drafter.propose(min(length, room)) if length and room > 0 else []
+            seq.draft = []
+            if length:
+                with suppress(RequestError):  # the step's masks say so again
+                    seq.draft = seq.control.draft(min(length, room))
 
     def _fill_masks(self, wanting: list[tuple[Sequence, list[int]]]) -> npt.NDArray[np.int32]:
         """Which tokens the rows of this step may give: int32 `[rows, V / 32]`."""
@@ -373,8 +377,8 @@ class EngineCore:
         for seq, draft in wanting:
             try:
                 seq.control.fill_masks(seq.token_ids, draft, masks[first : first + 1 + len(draft)])
-            except PagemillError as error:  # a grammar beyond its limits costs its own sequence alone
-                seq.error = str(error)
+            except Exception as error:  # a grammar beyond its limits costs its own sequence alone
+                seq.error = sentence(error)
             first += 1 + len(draft)
         return masks
 
@@ -404,7 +408,7 @@ class EngineCore:
             reason = "loop" if tokens is None else self._append(seq, tokens)
         if reason is None and control.guide is not None:
             reason = self._append(seq, control.guide.forced())
-        if seq.params.stop and reason in (None, "length") and self._hit_stop_string(seq):
+        if seq.params.stop and reason in (None, "length") and self._hit_stop_string(seq, length):
             reason = "stop"
         if reason in ("length", "loop") and control.guide is not None:
             seq.closing = control.guide.closing() or ""
@@ -425,19 +429,24 @@ class EngineCore:
     def _settle(self, seq: Sequence, reason: FinishReason) -> FinishReason | None:
         """Judge a page that has come to its end; None if it ended badly and is generated once more.
 
-        The new attempt is rolled back to the prompt, whose keys and values are still there, so it costs only output tokens. After
-        the last attempt the best one becomes the sequence's; the reason returned is its own.
+        The new attempt is rolled back to the prompt, whose keys and values are still there, so it costs only output tokens, and
+        it ends at its first loop. After the last attempt the best one becomes the sequence's; the reason returned is its own.
         """
-        if seq.page is None or reason == "error":
+        if seq.page is None:
             return reason
         attempt = self._attempt(seq, reason)
         seq.attempts.append(attempt)
-        if attempt.ended_badly and len(seq.attempts) <= seq.params.max_retries:
+        if attempt.verdict.ended_badly and len(seq.attempts) <= seq.params.max_retries:
             seq.num_discarded += len(attempt.token_ids)
             self.scheduler.rollback(seq, seq.num_prompt)
             seq.closing = ""
             seq.control.restart(
-                replace(seq.params, temperature=_RETRY_TEMPERATURE, seed=seq.params.seed or 0)
+                replace(
+                    seq.params,
+                    temperature=max(seq.params.temperature, _RETRY_TEMPERATURE),
+                    seed=(seq.params.seed or 0) + len(seq.attempts),
+                    max_rescues=0,
+                )
             )
             if seq.control.guide is not None:
                 self._append(seq, seq.control.guide.forced())
@@ -459,7 +468,6 @@ class EngineCore:
             raw,
             reason,
             valid=seq.params.guidance != "page" or is_json_object(raw),
-            loops=len(seq.control.events) - sum(attempt.verdict.loops for attempt in seq.attempts),
             confidence=confidence(self.pieces_of(output), seq.logprobs),
             mismatch=text_mismatch(num_chars, seq.page.num_glyphs, seq.page.num_rule_glyphs),
         )
@@ -482,10 +490,10 @@ class EngineCore:
         """The bytes of each token; special tokens have none."""
         return [self._pieces[token] for token in token_ids]
 
-    def _hit_stop_string(self, seq: Sequence) -> bool:
-        # A character takes at most four byte-level tokens, so a stop string that has just ended lies in this tail.
+    def _hit_stop_string(self, seq: Sequence, length: int) -> bool:
+        # A character takes at most four byte-level tokens: a stop string that ended beyond `length` begins in this tail.
         tail = 4 * max(len(stop) for stop in seq.params.stop) + 4
-        text = self.prompter.decode(seq.token_ids[max(seq.num_prompt, len(seq.token_ids) - tail) :])
+        text = self.prompter.decode(seq.token_ids[max(seq.num_prompt, length - tail) :])
         return any(stop in text for stop in seq.params.stop)
 
 

@@ -37,7 +37,7 @@ from pagemill.decode.guidance import PageFormat
 from pagemill.decode.page import parse_page
 from pagemill.decode.sampler import SamplingParams
 from pagemill.decode.verdict import Confidence
-from pagemill.errors import CheckpointError, ConfigError, PagemillError, RequestError
+from pagemill.errors import CheckpointError, ConfigError, PagemillError, RequestError, sentence
 from pagemill.model.config import read_config
 from pagemill.model.loader import find_checkpoint, load_model
 from pagemill.model.prompt import Profile, Prompter, page_messages, read_profile
@@ -248,7 +248,7 @@ class Engine:
         values, nor drafts from earlier pages: the first call of a salt reads every page as if for the first time.
 
         A file or page that cannot be read gives a result with status "error" and never stops the others. Leaving the iterator
-        early cancels what is still running.
+        early cancels what is still running. Raises `ConfigError` or `RequestError`, at once, for options that cannot be meant.
         """
         several = [inputs] if isinstance(inputs, str | os.PathLike | PageRef) else inputs
         given = [i if isinstance(i, PageRef) else os.fspath(i) for i in several]
@@ -266,10 +266,13 @@ class Engine:
                 else:
                     yield partial(self._start, self._read_page, page, options, call)
 
-        try:
-            yield from self._flow(tasks())
-        finally:
-            self._cancel(call)
+        def results() -> Iterator[PageResult]:
+            try:
+                yield from self._flow(tasks())
+            finally:
+                self._cancel(call)
+
+        return results()
 
     def generate(
         self, requests: SequenceOf[Request], params: SamplingParams | None = None
@@ -559,39 +562,39 @@ class Engine:
                     return
                 leads = image.content_hash
             prompt = self.core.tokenize(self.page_prompt, [image])
-            bound = self.max_new_tokens
-            if (
-                self.profile.page_json
-            ):  # a token is a character or more; Markdown and HTML write what leaves no ink
-                bound = min(bound, plausible_output_chars(ink) + _JSON_TOKENS)
+            bound, expected = self.max_new_tokens, None
+            if self.profile.page_json:  # others write Markdown and HTML, which leave no ink
+                chars = plausible_output_chars(ink)  # a token is a character or more
+                bound, expected = min(bound, chars + _JSON_TOKENS), chars // 2 + _JSON_TOKENS
             task = PageTask(
                 document=ref.source,
                 salt=options.salt,
                 texts=self._draft_texts(ref, options),
                 num_glyphs=ink.num_glyphs,
                 num_rule_glyphs=ink.num_rule_glyphs,
-                expected_tokens=bound,
+                expected_tokens=expected,
             )
             prepare = time.perf_counter() - started
             self._submit(prompt, options.params, 0, _Ticket(call, on_end), bound, task)
         except Exception as error:  # one page's surprise must not cost another page
-            on_end(None, _sentence(error))
+            on_end(None, sentence(error))
 
     def _draft_texts(self, ref: PageRef, options: _PageOptions) -> list[list[int]]:
         """Guesses of the page's text as tokens: its text layer, and what the caller's own engine reads."""
         if options.params.drafts == "off":
             return []
-        texts: list[str] = []
+        encode = self.core.prompter.encode_text
+        texts: list[list[int]] = []
         with suppress(PagemillError):  # the page itself could be rendered
-            texts.append(page_text(ref))
+            texts.append(draft_text_tokens(page_text(ref), encode))
         if options.draft_text is not None:
             try:
-                texts.append(options.draft_text(load_page(ref, options.dpi)))
+                texts.append(draft_text_tokens(options.draft_text(load_page(ref, options.dpi)), encode))
             except Exception as error:  # a page needs no draft
                 warnings.warn(
-                    f"draft_text failed on {ref.source} page {ref.page}: {_sentence(error)}", stacklevel=2
+                    f"draft_text failed on {ref.source} page {ref.page}: {sentence(error)}", stacklevel=2
                 )
-        return [draft_text_tokens(text, self.core.prompter.encode_text) for text in texts if text]
+        return [text for text in texts if text]
 
     def _page_result(self, ref: PageRef, seq: Sequence, prepare: float) -> PageResult:
         raw = self.core.text_of(seq)
@@ -664,12 +667,15 @@ class Engine:
             else:
                 prompt = list(request.prompt)  # type: ignore[arg-type]
             tokenized = self.core.tokenize(prompt, images)
+            chosen = request.params or params or SamplingParams()
+            if isinstance(chosen, SamplingParams):
+                self.core.check_guidance(chosen)  # here, where compiling it makes nobody wait
             prepare = time.perf_counter() - started
             on_token = None if on_output is None else lambda seq: on_output((number, output(seq)))
             ticket = _Ticket(call, on_end, on_token)
-            self._submit(tokenized, request.params or params or SamplingParams(), request.priority, ticket)
+            self._submit(tokenized, chosen, request.priority, ticket)
         except Exception as error:
-            on_end(None, _sentence(error))
+            on_end(None, sentence(error))
 
     def _score_page(
         self,
@@ -716,7 +722,7 @@ class Engine:
             prepare = time.perf_counter() - started
             self._submit(prompt, options.params, 0, _Ticket(call, on_end), reference=reference)
         except Exception as error:  # one page's surprise must not cost another page
-            on_end(None, _sentence(error))
+            on_end(None, sentence(error))
 
     def _prepare_image(self, image: Image) -> PreparedImage:
         if isinstance(image, PreparedImage):
@@ -751,7 +757,7 @@ class Engine:
                 most = max_new_tokens or self.max_new_tokens
                 seq = self.core.add(prompt, params, most, priority, page, reference)
             except Exception as error:  # one request's surprise must not cost another
-                ticket.on_end(None, _sentence(error))
+                ticket.on_end(None, sentence(error))
                 return
             self._tickets[seq] = ticket
             ticket.call.live.add(seq)
@@ -815,10 +821,12 @@ class Engine:
             advanced, finished = self.core.step()
         except Exception as error:
             # The running sequences cannot be trusted any more; the engine can, once they have given back what they held.
-            reason = f"the engine failed on this batch: {_sentence(error)}"
+            reason = f"the engine failed on this batch: {sentence(error)}"
             for seq in list(self.core.scheduler.running):
                 self.core.cancel(seq)
                 self._end(seq, reason)
+            for seq in [seq for seq in self._tickets if seq.finish_reason is not None]:  # in this very step
+                self._end(seq, None)
             return
         for seq in advanced:
             if seq.finish_reason is None and (on_token := self._tickets[seq].on_token) is not None:
@@ -829,12 +837,6 @@ class Engine:
 
 def _deliver(result: T, deliver: Callable[[T], None]) -> None:
     deliver(result)
-
-
-def _sentence(error: Exception) -> str:
-    """One line of bounded length, whatever the error says."""
-    text = str(error) if isinstance(error, PagemillError) else f"{type(error).__name__}: {error}"
-    return " ".join(text.split())[:500]
 
 
 def _tokens(seq: Sequence) -> TokenCounts:

@@ -36,3 +36,9 @@ class KernelUnavailable(PagemillError):
 
 class OutputError(PagemillError):
     """Results cannot be written where they were asked for; names the file and what is safe so far."""
+
+
+def sentence(error: Exception) -> str:
+    """Return one line of bounded length, whatever the error says."""
+    text = str(error) if isinstance(error, PagemillError) else f"{type(error).__name__}: {error}"
+    return " ".join(text.split())[:500]

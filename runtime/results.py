@@ -137,5 +137,5 @@ class RequestOutput:
     tokens: TokenCounts
     seconds: Seconds
     logprobs: list[float] | None = None
-    """Log-probability of each output token, where `SamplingParams.logprobs` asked for it."""
+    """Log-probability of each output token, where `SamplingParams.logprobs` asked for it; NaN where a grammar forced it."""
     error: str | None = None

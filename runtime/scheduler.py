@@ -223,9 +223,8 @@ class Scheduler:
         seq.num_synced = min(seq.num_synced, full)
         try:
             self.blocks.truncate(seq.block_table, seq.num_computed)
-        except (
-            OutOfBlocks
-        ):  # the block at the cut is shared and there is none to copy it to: it is computed again
+        except OutOfBlocks:
+            # The block at the cut is shared and there is none to copy it to: it is computed again.
             seq.num_computed = full * self.blocks.block_size
             self.blocks.truncate(seq.block_table, seq.num_computed)
 

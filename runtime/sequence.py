@@ -58,12 +58,6 @@ class FinishedAttempt:
     degenerate: bool
     verdict: Attempt
 
-    @property
-    def ended_badly(self) -> bool:
-        """Whether another attempt is worth its tokens; one that the cap cut would only be cut again."""
-        v = self.verdict
-        return self.degenerate or (v.finish_reason == "stop" and (not v.valid or v.mismatch is not None))
-
 
 @dataclass(slots=True)
 class PageTask:

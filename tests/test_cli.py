@@ -12,6 +12,9 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
+
+from pagemill.cli import app
 
 FAKE_CLI = Path(__file__).parent / "jobs" / "fake_cli.py"
 
@@ -141,6 +144,12 @@ def test_mistakes_are_one_sentence(folder: Path, arguments: list[str], sentence:
         ["read", "b.png", "--kv-cache-gb", "inf"],
         ["read", "b.png", "--kv-cache-gb", "nan"],
         ["read", "b.png", "--kv-cache-gb", "1e300"],
+        ["read", "b.png", "--guard", "maybe"],
+        ["read", "b.png", "--drafts", "3"],
+        *(
+            ["read", "b.png", "--resolution", value]
+            for value in ("27", "20001", "-5", "1e3", "half", "", "²")
+        ),
         ["read", "b.png", "--no-such-option"],
         ["no-such-command"],
     ],
@@ -190,6 +199,140 @@ def test_options_reach_the_engine(folder: Path) -> None:
     facts = json.loads(out)
     assert code == 0
     assert (facts["model"], facts["device"], facts["dtype"]) == ("some", "cuda", "float32")
+
+
+def test_steering_reaches_the_engine(folder: Path) -> None:
+    def how(*arguments: str) -> dict[str, object]:
+        code, _, err = pagemill("read", "b.png", *arguments, cwd=folder, FAKE_HOW=str(folder / "how.json"))
+        assert code == 0, err
+        asked = json.loads((folder / "how.json").read_text())
+        return asked | asked.pop("params")
+
+    default = dict(dpi=None, resolution="auto", crop=False, max_new_tokens=None)
+    default |= dict(guidance="auto", guard="rescue", drafts="auto")
+    assert how() == default
+    schema = {"type": "object", "properties": {"título": {"type": "string"}}}
+    (folder / "schema.json").write_text(json.dumps(schema, ensure_ascii=False), encoding="utf-8")
+    for arguments, expected in [
+        (
+            "--guidance page --guard off --resolution full",
+            dict(guidance="page", guard="off", resolution="full"),
+        ),
+        ("--guidance schema.json --guard stop", dict(guidance=schema, guard="stop")),
+        ("--guidance off --drafts off --crop", dict(guidance="off", drafts="off", crop=True)),
+        ("--guidance regex:a|b --resolution 1288 --dpi 9", dict(resolution=1288, dpi=9.0)),
+    ]:
+        if "regex" in arguments:
+            expected["guidance"] = "Regex(pattern='a|b')"
+        assert how(*arguments.split()) == default | expected
+
+
+def refused(*arguments: str) -> str:
+    """What is said to arguments that are wrong; in this process, since nothing gets to run."""
+    done = CliRunner().invoke(app, ["read", "b.png", "--model", "nowhere", *arguments])
+    assert done.exit_code == 2
+    assert done.stdout == ""
+    return done.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--guard", "maybe"),
+        ("--drafts", "3"),
+        *(("--resolution", value) for value in ("27", "20001", "-5", "1e3", "half", "", "²")),
+    ],
+    ids=" ".join,
+)
+def test_steering_that_is_none(arguments: tuple[str, str]) -> None:
+    err = refused(*arguments)
+    assert arguments[0] in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "sentence"),
+    [
+        ("missing.json", None, "give page, off, or a file with a JSON schema"),
+        (".", None, "give page, off"),
+        ("", None, "give page, off"),
+        ("nul\0.json", None, "give page, off"),
+        ("no.json", b"{title: string}", "--guidance no.json is not JSON: Expecting property name"),
+        ("list.json", b'["object"]', "--guidance list.json should hold a JSON schema, an object."),
+        ("deep.json", b"[" * 100_000, "--guidance deep.json is not JSON"),
+        ("latin.json", b'{"title": "\xe9"}', "--guidance latin.json: give page, off"),
+        (
+            "large.json",
+            b'{"title": "' + b"x" * 1_000_000 + b'"}',
+            "--guidance large.json: the schema is larger",
+        ),
+        ("a\x1b[2J\n.json", b"", "a\\x1b[2J\\n.json is not JSON"),
+    ],
+    ids=[
+        "missing",
+        "folder",
+        "empty",
+        "nul",
+        "no JSON",
+        "list",
+        "deep",
+        "not UTF-8",
+        "large",
+        "control characters",
+    ],
+)
+def test_guidance_from_a_file_that_is_none(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, name: str, content: bytes | None, sentence: str
+) -> None:
+    monkeypatch.chdir(folder)
+    if content is not None:
+        (folder / name).write_bytes(content)
+    (folder / "old.jsonl").write_text("mine\n")
+    err = refused("--guidance", name, "-o", "old.jsonl", "--overwrite")
+    assert err.startswith("error: --guidance ")
+    assert sentence in err
+    assert err.count("\n") == 1
+    assert (folder / "old.jsonl").read_text() == "mine\n"
+
+
+def test_steering_is_in_the_help(folder: Path) -> None:
+    _, out, _ = pagemill("read", "--help", cwd=folder)
+    words = " ".join(out.replace("│", " ").split())
+    for option in (
+        "--guidance page|off|SCHEMA.json",
+        "--guard",
+        "--drafts",
+        "--resolution auto|full|N",
+        "--crop",
+    ):
+        assert option in words
+    assert "rescue|stop|off" in words
+
+
+def test_resume_takes_records_of_an_older_version(folder: Path) -> None:
+    old = {
+        **dict(source="b.png", page=1, status="degenerate", header=None, margin=None, footer=None, text="a"),
+        **dict(
+            finish_reason="length",
+            tokens=dict(image=1, prompt=2, output=3),
+            seconds={},
+            model="m",
+            error=None,
+        ),
+    }
+    line = json.dumps(old, separators=(",", ":")) + "\n"
+    (folder / "out.jsonl").write_text(line)
+    code, _, err = pagemill("read", "b.png", "a_p2.png", "-o", "out.jsonl", "--resume", cwd=folder)
+    assert code == 0, err
+    assert err.startswith("1 page is in ")
+    lines = (folder / "out.jsonl").read_text().splitlines(keepends=True)
+    assert lines[0] == line
+    assert sorted(json.loads(one)["page"] for one in lines[1:]) == [1, 2]
+    for format in ("md", "json"):
+        (folder / f"o.{format}.journal.jsonl").write_text(line)
+        code, _, err = pagemill("read", "b.png", "a_p2.png", "-o", f"o.{format}", "--resume", cwd=folder)
+        assert code == 0, err
+        assert "page 2 of a_p2.png" in (folder / f"o.{format}").read_text()
 
 
 def run_on_a_terminal(*arguments: str, cwd: Path, **env: str) -> tuple[int, str]:

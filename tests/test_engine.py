@@ -3,20 +3,28 @@
 import asyncio
 import gc
 import json
+import re
 import resource
 import shutil
 import subprocess
 import sys
 import threading
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from typer.testing import CliRunner
 
 from pagemill import Engine, Request, SamplingParams
-from pagemill.errors import CheckpointError, ConfigError, KernelUnavailable
+from pagemill.decode.guidance import Guide, Regex
+from pagemill.decode.loops import Loop
+from pagemill.errors import CheckpointError, ConfigError, KernelUnavailable, RequestError
+from pagemill.pages.fit import FitOptions, fit_page
+from pagemill.pages.ink import plausible_output_chars
 from pagemill.pages.preprocess import PreparedImage
+from pagemill.pages.source import list_pages
 
 PAGES = Path(__file__).parents[1] / "bench" / "pages"
 
@@ -55,7 +63,7 @@ def test_every_sample_page_reads_as_transformers_does(engine):
     expected = reference()
     files = sorted(expected)
     seen = set()
-    for page in engine.read(files, params=SamplingParams(guidance="off", max_retries=0)):
+    for page in engine.read(files, params=SamplingParams(guidance="off", max_retries=0), resolution="full"):
         row = expected[page.source]
         assert page.status in ("ok", "degenerate"), page.error
         assert page.raw == row["text"], page.source
@@ -177,7 +185,11 @@ def test_a_page_too_large_for_the_context_is_one_record(tmp_path):
     with Engine.from_pretrained("pagemill-tiny", max_model_len=1000) as engine:
         results = {
             r.source: r
-            for r in engine.read([str(tmp_path / "large.png"), good], params=SamplingParams(max_new_tokens=4))
+            for r in engine.read(
+                [str(tmp_path / "large.png"), good],
+                params=SamplingParams(max_new_tokens=4),
+                resolution="full",
+            )
         }
     bad = results[str(tmp_path / "large.png")]
     assert bad.status == "error"
@@ -459,3 +471,388 @@ def test_impossible_options(options, error, expected):
         pytest.skip("this machine has a CUDA device")
     with pytest.raises(error, match=expected):
         Engine.from_pretrained(**options)
+
+
+# Steering, through the engine.
+
+SHORT = SamplingParams(max_new_tokens=12)
+TITLE = {
+    "type": "object",
+    "properties": {"title": {"type": "string", "maxLength": 12}, "valid": {"type": "boolean"}},
+    "required": ["title", "valid"],
+    "additionalProperties": False,
+}
+BAD_SCHEMA = {"type": "object", "properties": {"a": {"type": "string", "pattern": "("}}}
+KINDS = {
+    "source": str,
+    "page": int,
+    "status": str,
+    **dict.fromkeys(("header", "margin", "footer", "text"), (str, type(None))),
+    "finish_reason": str,
+    "tokens": dict,
+    "seconds": dict,
+    "model": str,
+    "error": (str, type(None)),
+    "confidence": (dict, type(None)),
+    "mismatch": (str, type(None)),
+    "loops": list,
+    "drafts": dict,
+    "attempts": int,
+    "shortcut": (str, type(None)),
+}
+
+
+class SeesLoops:
+    """A detector that calls the first tokens of every output a loop."""
+
+    def __init__(self, pieces, expected_tokens=None):
+        self.count = 0
+
+    def push(self, token):
+        self.count += 1
+        return Loop("period", 6, 2, 3, 10) if self.count == 10 else None
+
+    def rollback(self, num_tokens):
+        self.count = num_tokens
+
+
+def copies(folder, count, file="prose_00.png"):
+    names = [folder / f"copy{i}.png" for i in range(count)]
+    for name in names:
+        shutil.copy(PAGES / file, name)
+    return list(map(str, names))
+
+
+def record(page):
+    """The page's record, checked: strict JSON, the keys in order, each of its type."""
+
+    def refuse(word):
+        raise AssertionError(f"{word} is not JSON")
+
+    line = page.to_json()
+    assert "\n" not in line
+    value = json.loads(line, parse_constant=refuse)
+    assert list(value) == list(KINDS)
+    for name, kind in KINDS.items():
+        assert isinstance(value[name], kind), name
+    assert list(value["tokens"]) == ["image", "prompt", "output", "discarded"]
+    assert list(value["drafts"]) == ["proposed", "accepted"]
+    assert all(isinstance(n, int) for part in ("tokens", "drafts") for n in value[part].values())
+    assert value["drafts"]["accepted"] <= value["drafts"]["proposed"]
+    for loop in value["loops"]:
+        assert list(loop) == ["kind", "at", "period", "repeats", "tokens", "action"]
+    if value["confidence"] is not None:
+        assert list(value["confidence"]) == ["mean", "worst", "fields"]
+        assert 0 <= value["confidence"]["worst"] <= value["confidence"]["mean"] <= 1
+        assert all(0 <= p <= 1 for p in value["confidence"]["fields"].values())
+    assert (value["status"] == "error") == (value["error"] is not None)
+    return value
+
+
+def test_every_kind_of_page_is_one_strict_record(engine, tmp_path, monkeypatch):
+    twins = copies(tmp_path, 2)
+    Image.new("RGB", (448, 672), "white").save(tmp_path / "blank.png")
+    (tmp_path / "bad.png").write_bytes(b"no image")
+    files = [*twins, str(tmp_path / "blank.png"), str(tmp_path / "bad.png")]
+    records = {r["source"]: r for r in map(record, engine.read(files, params=SHORT))}
+    assert {r["status"] for r in records.values()} == {"ok", "error"}
+    bad = records[files[3]]
+    assert (bad["confidence"], bad["mismatch"], bad["loops"], bad["shortcut"]) == (None, None, [], None)
+    first, second = sorted((records[name] for name in twins), key=lambda r: -r["attempts"])
+    assert (first["attempts"], first["shortcut"], first["finish_reason"]) == (1, None, "length")
+    assert second["shortcut"] == f"duplicate of {first['source']} page 1"
+    assert (second["attempts"], set(second["tokens"].values())) == (0, {0})
+    assert [second[name] for name in ("text", "header", "confidence", "mismatch")] == [
+        first[name] for name in ("text", "header", "confidence", "mismatch")
+    ]
+
+    monkeypatch.setattr("pagemill.core.LoopDetector", SeesLoops)
+    for guidance in ("page", "off", TITLE):
+        params = SamplingParams(max_new_tokens=30, guard="stop", guidance=guidance)
+        value = record(*engine.read(twins[0], params=params))
+        assert (value["status"], value["finish_reason"]) == ("degenerate", "loop")
+        assert value["attempts"] == 2
+        assert [loop["action"] for loop in value["loops"]] == ["end", "end"]
+        assert (value["tokens"]["output"], value["tokens"]["discarded"]) == (6, 4 + 4 + 6)
+        if guidance == TITLE:
+            assert set(json.loads(value["text"])) == {"title", "valid"}
+    wait_idle(engine)
+
+
+def test_duplicates_are_read_themselves_where_the_first_one_failed(engine, tmp_path, monkeypatch):
+    add, failed = engine.core.add, []
+
+    def fail_once(*arguments):
+        if not failed:
+            failed.append(arguments)
+            raise RequestError("no luck")
+        return add(*arguments)
+
+    monkeypatch.setattr(engine.core, "add", fail_once)
+    pages = list(engine.read(copies(tmp_path, 5), params=SHORT))
+    assert sorted(page.status for page in pages) == ["error", "ok", "ok", "ok", "ok"]
+    good = [page for page in pages if page.status == "ok"]
+    assert len({page.text for page in good}) == 1
+    assert sum(page.attempts for page in good) >= 1
+    assert all(page.shortcut is None or page.attempts == 0 for page in good)
+    wait_idle(engine)
+
+
+def test_duplicates_of_a_page_that_is_cancelled_are_let_go(engine, tmp_path):
+    files = [*copies(tmp_path, 4), str(tmp_path / "empty.png")]
+    (tmp_path / "empty.png").touch()
+    for page in engine.read(files[::-1]):
+        assert page.status == "error", "the first to come is the file that is none"
+        break
+    gc.collect()
+    wait_idle(engine)
+    (page,) = engine.read(files[0], params=SHORT)
+    assert (page.status, page.attempts) == ("ok", 1), "another call's answers are not taken"
+
+
+def test_closing_answers_duplicates_that_wait(tmp_path):
+    engine = Engine.from_pretrained("pagemill-tiny", max_num_seqs=2)
+    pages = engine.read(copies(tmp_path, 5))
+    threading.Timer(0.2, engine.close).start()
+    assert len(list(pages)) == 5
+
+
+def test_look_alikes_are_no_duplicates(engine, tmp_path):
+    (file,) = copies(tmp_path, 1)
+    pixels = np.asarray(Image.open(file).convert("RGB")).copy()
+    pixels[300:310, 200:210] ^= 0x80
+    Image.fromarray(pixels).save(tmp_path / "other.png")
+    pages = list(engine.read([file, str(tmp_path / "other.png")], params=SHORT))
+    assert [page.shortcut for page in pages] == [None, None]
+
+
+def test_a_page_that_ends_in_a_failing_step_is_delivered(engine, tmp_path):
+    """It has ended already, so nothing would end it again."""
+    step, files = engine.core.step, [*copies(tmp_path, 1), str(PAGES / "form_24.png")]
+
+    def fail_after_an_end():
+        advanced, finished = step()
+        if finished:
+            raise AssertionError("a bug behind it")
+        return advanced, finished
+
+    engine.core.step = fail_after_an_end
+    try:
+        pages = list(engine.read(files[:1], params=SamplingParams(max_new_tokens=4)))
+        assert [page.status for page in pages] == ["ok"]
+    finally:
+        del engine.core.step
+    wait_idle(engine)
+
+
+def test_draft_texts_change_nothing_whatever_they_say(engine, tmp_path):
+    file = str(PAGES / "form_24.png")
+    truth = {
+        row["file"]: row["truth"]
+        for row in map(json.loads, (PAGES / "truth.jsonl").read_text(encoding="utf-8").splitlines())
+    }[Path(file).name]
+    (plain,) = engine.read(file, params=SamplingParams(drafts="off"))
+    assert plain.drafts == (0, 0)
+    seen = []
+
+    def right(pixels):
+        seen.append((pixels.dtype, pixels.shape))
+        return "\n".join(value for value in truth.values() if value)
+
+    answers = [right, lambda pixels: "", lambda pixels: "junk \x00 <|im_end|> <|image_pad|>" * 500]
+    for answer in answers:
+        (page,) = engine.read(file, draft_text=answer)
+        assert (page.raw, page.confidence) == (plain.raw, plain.confidence)
+        assert page.finish_reason == plain.finish_reason
+    assert seen[0][0] == np.uint8
+    assert seen[0][1][2] == 3
+
+
+def test_a_draft_text_that_fails_costs_no_page(engine, tmp_path):
+    def broken(pixels):
+        raise OSError("the other engine\nis gone")
+
+    (file,) = copies(tmp_path, 1)
+    for answer in (broken, lambda pixels: b"bytes", lambda pixels: "\ud800"):
+        with pytest.warns(UserWarning, match="draft_text failed on .*copy0.png page 1"):
+            (page,) = engine.read(file, params=SHORT, draft_text=answer)
+        assert page.status == "ok"
+
+
+@pytest.mark.parametrize("cap", [1, 3, 20, 60])
+def test_a_schema_holds_through_generate_read_and_stream(engine, cap):
+    file = str(PAGES / "prose_00.png")
+    params = SamplingParams(max_new_tokens=cap, guidance=TITLE)
+    prompt = engine.page_prompt
+    (output,) = engine.generate([Request(prompt, [file])], params)
+    (page,) = engine.read(file, params=params)
+
+    async def last():
+        texts = [output async for output in engine.stream(Request(prompt, [file]), params)]
+        assert all(output.finish_reason is None for output in texts[:-1])
+        return texts[-1]
+
+    streamed = asyncio.run(last())
+    for text in (output.text, page.raw, streamed.text):
+        value = json.loads(text)
+        assert list(value) == ["title", "valid"]
+        assert len(value["title"]) <= 12
+        assert isinstance(value["valid"], bool)
+    assert output.text == streamed.text == page.raw
+    assert output.token_ids == streamed.token_ids
+    assert len(output.token_ids) <= cap
+
+
+def test_guided_pages_are_valid_json_at_any_cap(engine):
+    file = str(PAGES / "prose_00.png")
+    caps = [1, 2, 3, 4, 5, 8, 13, 21, 34]
+    requests = [
+        Request(
+            engine.page_prompt,
+            [file],
+            params=SamplingParams(max_new_tokens=cap, guidance="page", logprobs=True),
+        )
+        for cap in caps
+    ]
+    outputs = engine.generate(requests)
+    for cap, output in zip(caps, outputs, strict=True):
+        assert "text" in json.loads(output.text)
+        assert output.token_ids == outputs[-1].token_ids[:cap]
+        assert len(output.logprobs) == cap
+
+
+@pytest.mark.parametrize(
+    ("guidance", "place"),
+    [
+        (BAD_SCHEMA, "JSON schema at /properties/a: "),
+        ({"type": "nonsense"}, "JSON schema"),
+        ({"enum": []}, "guidance|JSON schema"),
+        ({"default": {1, 2}}, "JSON schema: it cannot be written as JSON"),
+        (Regex("(ab"), "regular expression '\\(ab' at character"),
+        (Regex("a(?=b)"), "regular expression"),
+        (Regex("a" * 300_000), "262144 are the limit"),
+    ],
+    ids=["pattern", "type", "nothing", "no JSON", "parenthesis", "look-ahead", "long"],
+)
+def test_guidance_that_is_none_is_refused_at_submission(engine, guidance, place):
+    params = SamplingParams(max_new_tokens=5, guidance=guidance)
+    steps = engine.core.stats.steps
+    (output,) = engine.generate([Request([1, 2, 3], params=params)])
+    assert output.finish_reason == "error"
+    assert re.search(place, output.error)
+    assert "\n" not in output.error
+    with pytest.raises(RequestError, match=place):
+        engine.read(str(PAGES / "prose_00.png"), params=params)
+    assert engine.core.stats.steps == steps
+    bad, good = engine.generate([Request([1, 2], params=params), Request([1, 2], params=SHORT)])
+    assert (bad.finish_reason, good.error) == ("error", None)
+
+
+def test_a_grammar_too_complex_at_run_time_ends_its_page_alone(engine, monkeypatch):
+    masks = Guide.masks
+
+    def too_complex(self, draft, out):
+        if "title" in self._grammar.source and len(self._tokens) > 4:
+            raise RequestError("guidance: too complex to follow after 5 tokens")
+        return masks(self, draft, out)
+
+    monkeypatch.setattr(Guide, "masks", too_complex)
+    file = str(PAGES / "prose_00.png")
+    requests = [
+        Request(engine.page_prompt, [file], params=SamplingParams(max_new_tokens=20, guidance=guidance))
+        for guidance in ("page", TITLE, "off")
+    ]
+    first, bad, last = engine.generate(requests)
+    assert (first.error, last.error) == (None, None)
+    assert (bad.finish_reason, bad.text) == ("error", "")
+    assert "too complex" in bad.error
+    (page,) = engine.read(file, params=requests[1].params)
+    assert (page.status, page.finish_reason) == ("error", "error")
+    assert "prose_00.png page 1: guidance: too complex" in page.error
+    wait_idle(engine)
+
+
+def test_the_cap_from_a_page_s_ink_cuts_no_sample_page(engine):
+    rows = [
+        json.loads(line)
+        for name in ("truth.jsonl", "pdf_truth.jsonl")
+        for line in (PAGES / name).read_text(encoding="utf-8").splitlines()
+    ]
+    options = FitOptions("auto", False, engine.profile.text_height)
+    pages = {
+        (ref.source, ref.page): ref
+        for file in sorted(PAGES.glob("*.p[nd]*"))
+        for ref in list_pages(str(file))
+    }
+    assert len(pages) == len(rows)
+    for row in rows:
+        ref = pages[str(PAGES / row["file"]), row.get("page", 1)]
+        _, ink = fit_page(ref, engine.dpi, options, engine.processor)
+        wanted = len(engine.core.prompter.encode_text(json.dumps(row["truth"], ensure_ascii=False))) + 1
+        assert wanted <= plausible_output_chars(ink) + 64, (ref.source, ref.page)
+
+
+def test_rescue_shows_in_a_stream_and_goes_on(engine, monkeypatch):
+    monkeypatch.setattr("pagemill.core.LoopDetector", SeesLoops)
+    file, lengths = str(PAGES / "prose_00.png"), []
+
+    async def read():
+        params = SamplingParams(max_new_tokens=40, max_rescues=50, guidance="page", drafts="off")
+        async for output in engine.stream(Request(engine.page_prompt, [file]), params):
+            lengths.append(len(output.token_ids))
+        return output
+
+    output = asyncio.run(read())
+    assert output.finish_reason in ("length", "loop")
+    assert output.tokens.discarded == 4 * (output.tokens.discarded // 4) > 0
+    assert "text" in json.loads(output.text)
+
+
+class TestCommandLine:
+    """`pagemill read` with this engine; the command line itself is tested with a fake one."""
+
+    @pytest.fixture
+    def cli(self, engine, monkeypatch):
+        from pagemill import cli
+
+        class Lent(nullcontext):
+            read = staticmethod(engine.read)
+
+        monkeypatch.setattr(cli, "_load", lambda *_, **__: Lent(engine))
+        return lambda *arguments: CliRunner().invoke(cli.app, list(map(str, arguments)))
+
+    def test_guidance_that_is_none_leaves_the_old_output(self, cli, tmp_path):
+        (tmp_path / "schema.json").write_text(json.dumps(BAD_SCHEMA))
+        old = tmp_path / "out.jsonl"
+        old.write_text('{"source":"x.png","page":1,"status":"ok"}\n')
+        for guidance, place in (
+            (tmp_path / "schema.json", "at /properties/a: "),
+            ("regex:(", "at character 1"),
+        ):
+            done = cli("read", PAGES / "prose_00.png", "--guidance", guidance, "-o", old, "--overwrite")
+            assert done.exit_code == 2
+            assert place in done.stderr
+            assert done.stderr.count("\n") == 1
+            assert old.read_text() == '{"source":"x.png","page":1,"status":"ok"}\n'
+
+    def test_a_schema_in_a_file(self, cli, tmp_path):
+        (tmp_path / "schema.json").write_text(json.dumps(TITLE))
+        done = cli(
+            *("read", PAGES / "prose_00.png", "--guidance", tmp_path / "schema.json", "--max-new-tokens", 7),
+            *(
+                "--guard",
+                "stop",
+                "--drafts",
+                "off",
+                "--resolution",
+                600,
+                "--crop",
+                "-o",
+                tmp_path / "o.jsonl",
+            ),
+        )
+        assert done.exit_code == 0, done.stderr
+        value = json.loads((tmp_path / "o.jsonl").read_text())
+        assert set(json.loads(value["text"])) == {"title", "valid"}
+        assert value["drafts"] == {"proposed": 0, "accepted": 0}
+        assert value["tokens"]["image"] < 384

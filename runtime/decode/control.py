@@ -2,7 +2,8 @@
 
 Rescue. A loop is rolled back to the start of its second repetition, so that one good instance stays, and may not simply go on:
 the first time its continuation is banned (below), later the string that is being written is closed through the grammar, so
-that the next field begins. After `max_rescues` the sequence ends.
+that the next field begins. After `max_rescues` the sequence ends. (A second ban leaves more pages degenerate
+than closing: `bench/results/rescue.md`.)
 
 The ban. Where the last `window` tokens follow the loop's body, in whatever phase, the token that would go on with it is
 forbidden from there to the end of the output. The window is the body itself, at least `_MIN_WINDOW` tokens, so that short runs
@@ -44,7 +45,8 @@ class Control:
         self.sampling = SamplingState(params)
         self.guide, self.drafter = guide, drafter
         self._guard = guard
-        self._bodies: list[tuple[int, ...]] = []
+        self._bans: dict[tuple[int, ...], set[int]] = {}
+        """Tokens that may not follow these ones."""
         self._barred: tuple[int, int] | None = None
         """(index in the output, token): the token that began a repetition may not stand there again."""
         self._num_output = 0
@@ -55,7 +57,14 @@ class Control:
     @property
     def masked(self) -> bool:
         """Whether the next token is restricted."""
-        return self.guide is not None or bool(self._bodies) or self._barred is not None
+        return self.guide is not None or bool(self._bans) or self._barred is not None
+
+    def draft(self, limit: int) -> list[int]:
+        """At most `limit` tokens guessed to come next. Raises `RequestError` if the grammar exceeds its limits."""
+        if self.drafter is None or limit < 1:
+            return []
+        draft = self.drafter.propose(limit)
+        return draft if self.guide is None else draft[: self.guide.open_draft(draft)]
 
     def fill_masks(self, history: Sequence[int], draft: Sequence[int], out: npt.NDArray[np.int32]) -> None:
         """Fill `out` int32 `[1 + len(draft), V / 32]` with what may come after `history` and after each draft token."""
@@ -64,7 +73,7 @@ class Control:
             out[:] = -1
         else:
             rows = self.guide.masks(draft, out)
-        for i in range(rows if self._bodies or self._barred is not None else 0):
+        for i in range(rows if self._bans or self._barred is not None else 0):
             banned = set(self._banned(history, draft[:i]))
             if banned:
                 row = out[i].copy()
@@ -76,13 +85,9 @@ class Control:
     def _banned(self, history: Sequence[int], draft: Sequence[int]) -> Iterator[int]:
         if self._barred is not None and self._barred[0] == self._num_output + len(draft):
             yield self._barred[1]
-        for body in self._bodies:
-            period = len(body)
-            window = min(max(period, _MIN_WINDOW), _MAX_WINDOW)
-            tail = [*history[-window:], *draft][-window:]
-            for phase in range(period):
-                if all(tail[-1 - i] == body[(phase - i) % period] for i in range(window)):
-                    yield body[(phase + 1) % period]
+        tail = (*history[-_MAX_WINDOW:], *draft)
+        for window in {len(key) for key in self._bans}:
+            yield from self._bans.get(tail[-window:], ())
 
     def extend(self, token_ids: Sequence[int]) -> Loop | None:
         """Take the output's next tokens (none that ends it). Returns a loop if they close one."""
@@ -115,6 +120,8 @@ class Control:
         """
         self.rollback(loop.start)
         self._num_rescues += 1
+        # Where a draft went on beyond the loop, more was drawn: the stream begins anew.
+        self.sampling = SamplingState(self.params, self._num_rescues)
         closing: list[int] | None = None
         action: Literal["ban", "close", "end"] = "end"
         if self.params.guard == "rescue" and self._num_rescues <= self.params.max_rescues:
@@ -125,14 +132,22 @@ class Control:
             if not closing:
                 self._barred = (loop.start, output[loop.start])
                 if loop.kind != "counter":
-                    self._bodies.append(tuple(output[loop.start : loop.start + loop.period]))
+                    self._ban(output[loop.start : loop.start + loop.period])
         self.events.append(
             LoopEvent(loop.kind, loop.start, loop.period, loop.repeats, loop.end - loop.start, action)
         )
         return closing
 
+    def _ban(self, body: Sequence[int]) -> None:
+        """Forbid to go on with `body` where it has just been written, in whatever phase."""
+        period = len(body)
+        window = min(max(period, _MIN_WINDOW), _MAX_WINDOW)
+        for phase in range(period):
+            key = tuple(body[(phase + i) % period] for i in range(window))
+            self._bans.setdefault(key, set()).add(body[(phase + window) % period])
+
     def restart(self, params: SamplingParams) -> None:
         """Begin the output again, with other parameters."""
         self.rollback(0)
         self.params, self.sampling = params, SamplingState(params)
-        self._bodies, self._barred, self._num_rescues = [], None, 0
+        self._bans, self._barred, self._num_rescues = {}, None, 0

@@ -25,6 +25,8 @@ Encode = Callable[[str], list[int]]
 """Text to token ids, without special tokens."""
 
 _MAX_MATCH = 32  # tokens; a longer match is not told from this one
+_NGRAM = 3  # tokens that must match before an output is followed
+_NOWHERE = (None, 0, 0)  # nothing is followed
 _MAX_TEXT_TOKENS = 1 << 15  # of one text; more cannot come out of one page
 _SNAPSHOT_TOKENS = 32  # between states kept for roll-back
 
@@ -42,7 +44,6 @@ class DraftIndex:
     Holds at most `max_tokens` tokens (about 200 bytes each); the page that has gone unused for longest is dropped first.
     """
 
-    _NGRAM = 3  # tokens
     _CANDIDATES = 8  # of the places with the same n-gram, the newest are compared
 
     def __init__(self, max_tokens: int = 1 << 17) -> None:
@@ -54,15 +55,19 @@ class DraftIndex:
     def add(self, document: str, token_ids: Sequence[int]) -> None:
         """Add a finished page's output; one longer than the whole index is cut."""
         ids = array("i", token_ids[: self.max_tokens])
-        if len(ids) <= self._NGRAM:
+        if len(ids) <= _NGRAM:
             return
         while self.num_tokens + len(ids) > self.max_tokens:
             self._drop()
         page, self._next_page = self._next_page, self._next_page + 1
         self._pages[page] = document, ids
         self.num_tokens += len(ids)
-        for end in range(self._NGRAM, len(ids)):
-            self._places.setdefault(tuple(ids[end - self._NGRAM : end]), []).append((page, end))
+        for end in range(_NGRAM, len(ids)):
+            self._places.setdefault(tuple(ids[end - _NGRAM : end]), []).append((page, end))
+
+    def holds(self, ngram: tuple[int, ...]) -> bool:
+        """Whether `find` would find something for an output that ends with these `_NGRAM` tokens."""
+        return ngram in self._places
 
     def find(self, tail: Sequence[int], document: str) -> tuple[Sequence[int] | None, int, int]:
         """Where `tail` occurred before: the page's tokens, the index after the match, the match's length in tokens.
@@ -70,17 +75,17 @@ class DraftIndex:
         The longest match wins, then the same document, then the newest page; (None, 0, 0) if there is none.
         """
         best: tuple[int, bool, int, int] | None = None
-        places = self._places.get(tuple(tail[-self._NGRAM :]), [])
+        places = self._places.get(tuple(tail[-_NGRAM:]), [])
         for page, end in places[: -1 - self._CANDIDATES : -1]:
             owner, ids = self._pages[page]
-            most, length = min(end, len(tail), _MAX_MATCH), self._NGRAM
+            most, length = min(end, len(tail), _MAX_MATCH), _NGRAM
             while length < most and ids[end - 1 - length] == tail[-1 - length]:
                 length += 1
             found = length, owner == document, page, end
             if best is None or found > best:
                 best = found
         if best is None:
-            return None, 0, 0
+            return _NOWHERE
         length, _, page, end = best
         self._pages.move_to_end(page)
         return self._pages[page][1], end, length
@@ -88,7 +93,7 @@ class DraftIndex:
     def _drop(self) -> None:
         page, (_, ids) = self._pages.popitem(last=False)
         self.num_tokens -= len(ids)
-        for key in {tuple(ids[end - self._NGRAM : end]) for end in range(self._NGRAM, len(ids))}:
+        for key in {tuple(ids[end - _NGRAM : end]) for end in range(_NGRAM, len(ids))}:
             left = [place for place in self._places[key] if place[0] != page]
             if left:
                 self._places[key] = left
@@ -208,7 +213,7 @@ class _TokenPointer:
     """Follows outputs, by tokens: those of earlier pages, or the page's own."""
 
     def __init__(
-        self, find: Callable[[], tuple[Sequence[int] | None, int, int]], prior: Sequence[float]
+        self, find: Callable[[tuple[int, ...]], tuple[Sequence[int] | None, int, int]], prior: Sequence[float]
     ) -> None:
         self._find, self._worth = find, _Worth(prior)
         self.state: tuple[Sequence[int] | None, int, int] = (None, 0, 0)
@@ -219,15 +224,17 @@ class _TokenPointer:
         ids, at, agreed = self.state
         return self._worth(agreed) if ids is not None and at < len(ids) else 0.0
 
-    def advance(self, token: int, learn: bool) -> None:
-        """The output grew by `token`; it is part of what `find` looks for already."""
+    def advance(self, token: int, ngram: tuple[int, ...], learn: bool) -> None:
+        """The output grew by `token` and ends with `ngram` now; `find` knows it already."""
         ids, at, agreed = self.state
-        right = False
         if ids is not None and at < len(ids):
             right = ids[at] == token
             if learn:
                 self._worth.learn(agreed, right)
-        self.state = (ids, at + 1, min(agreed + 1, _MAX_MATCH)) if right else self._find()
+            if right:
+                self.state = ids, at + 1, min(agreed + 1, _MAX_MATCH)
+                return
+        self.state = self._find(ngram)
 
     def guess(self, limit: int) -> list[int]:
         ids, at, _ = self.state
@@ -242,7 +249,6 @@ class Drafter:
     word where the model's tokens and the text's do not meet; without it nothing is guessed there.
     """
 
-    _NGRAM = 3  # tokens of a match within the page's own output
     _PAGES_PRIOR = (0.1, 0.2, 0.3, 0.5, 0.7, 0.75)  # about what the sample pages show
     _OWN_PRIOR = (0.1, 0.2, 0.35, 0.5, 0.5, 0.8)
 
@@ -283,7 +289,7 @@ class Drafter:
         start = num_tokens // _SNAPSHOT_TOKENS * _SNAPSHOT_TOKENS
         again = self._output[start:num_tokens]
         while len(self._output) > start:
-            before, key = self._before.pop(), tuple(self._output[-self._NGRAM :])
+            before, key = self._before.pop(), tuple(self._output[-_NGRAM:])
             if before >= 0:
                 self._last[key] = before
             else:
@@ -330,132 +336,63 @@ class Drafter:
             self._tail = (self._tail + piece)[-16:]
             for text in self._texts:
                 text.advance(piece, self._tail, learn)
+        key = tuple(self._output[-_NGRAM:])
         for output in self._outputs:
-            output.advance(token, learn)
-        key = tuple(self._output[-self._NGRAM :])
+            output.advance(token, key, learn)
         self._before.append(self._last.get(key, -1))
         self._last[key] = len(self._output)
 
-    def _find_own(self) -> tuple[Sequence[int] | None, int, int]:
-        end = self._last.get(tuple(self._output[-self._NGRAM :]), -1)
-        return (self._output, end, self._NGRAM) if end >= 0 else (None, 0, 0)
+    def _find_own(self, ngram: tuple[int, ...]) -> tuple[Sequence[int] | None, int, int]:
+        end = self._last.get(ngram, -1)
+        return (self._output, end, _NGRAM) if end >= 0 else _NOWHERE
 
-    def _find_page(self) -> tuple[Sequence[int] | None, int, int]:
-        assert self._index is not None
+    def _find_page(self, ngram: tuple[int, ...]) -> tuple[Sequence[int] | None, int, int]:
+        if self._index is None or not self._index.holds(ngram):
+            return _NOWHERE
         return self._index.find(self._output[-_MAX_MATCH:], self._document)
 
 
-class DraftBudget:
-    """How many draft tokens a step may carry: as many as raise the expected tokens per second.
-
-    What a step of n tokens costs is kept as exponentially weighted means in classes of n, made non-decreasing (pool adjacent
-    violators) and interpolated: flat while weights are being read, steep behind, whatever the machine. A token is drafted where
-    it and all before it are right with at least some probability; of a row of such thresholds, the one that promises the most
-    tokens a second is taken. One per engine, engine thread only.
-    """
+class _Costs:
+    """Seconds by size: exponentially weighted means in classes of sizes, made non-decreasing (pool adjacent violators)."""
 
     _CLASSES_PER_OCTAVE = 4
     _WINDOW = 20.0  # steps that a mean goes over
     _FORGET = 0.995  # per step, of a class that is not seen
-    _OUTLIER = 2.0  # a step counts at most this many times what was expected
-    _UNKNOWN = 0.5  # of a step's cost is taken to grow with its tokens, where nothing was seen
-    _MARGIN = 1.02  # drafts must promise this much more tokens a second
-    _EXPLORE = 0.005  # share of all time that trying longer drafts may cost
-    _STALE = 100  # steps after which a class is looked at again
-    _ENOUGH = 3  # steps of a class that its mean is believed from
-    _THRESHOLDS = np.array([1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.32, 0.25, 0.2, 0.16, 0.12, 0.09, 0.07])
+    _NOTABLE = 0.01  # share that a mean changes by before the curve is drawn anew
 
     def __init__(self) -> None:
-        self._classes: dict[int, list[float]] = {}  # mean tokens, mean seconds, weight, step last seen
-        self._steps = 0
+        self._classes: dict[int, list[float]] = {}  # mean size, mean seconds, weight, step last seen
+        self._drawn: dict[int, float] = {}  # mean seconds of a class in the curve
         self._curve: tuple[list[float], list[float]] | None = None
-        self._credit = 0.0  # seconds
-        self._probed: float | None = None  # seconds expected without what the last step tried out
 
-    def observe(self, num_tokens: int, seconds: float) -> None:
-        """A step of `num_tokens` tokens, drafts included, took `seconds`, image encoding excluded."""
-        if num_tokens < 1 or not 1e-9 < seconds < 1e5:
-            return
-        self._steps += 1
-        if self._classes:
-            seconds = min(seconds, self._OUTLIER * self.cost(num_tokens))
-        self._credit = min(self._credit + self._EXPLORE * seconds, 2 * seconds)
-        if self._probed is not None:
-            self._credit -= max(0.0, seconds - self._probed)
-            self._probed = None
-        kept = self._classes.setdefault(self._class(num_tokens), [float(num_tokens), seconds, 0.0, 0.0])
-        kept[2] = min(kept[2] + 1.0, self._WINDOW)
-        kept[0] += (num_tokens - kept[0]) / kept[2]
+    def add(self, size: int, seconds: float, step: int) -> None:
+        here = self._class(size)
+        kept = self._classes.setdefault(here, [float(size), seconds, 0.0, step])
+        kept[2] = min(kept[2] * self._FORGET ** (step - kept[3]) + 1.0, self._WINDOW)
+        kept[0] += (size - kept[0]) / kept[2]
         kept[1] += (seconds - kept[1]) / kept[2]
-        kept[3] = self._steps
-        self._curve = None
+        kept[3] = step
+        if abs(kept[1] - self._drawn.get(here, math.inf)) > self._NOTABLE * abs(kept[1]):
+            self._curve = None
 
-    def cost(self, num_tokens: float) -> float:
-        """Seconds that a step of `num_tokens` tokens is expected to take; 0 before anything was observed."""
-        sizes, seconds = self._points()
-        if not sizes:
-            return 0.0
-        i = bisect_right(sizes, num_tokens)
-        if i == 0:
-            return seconds[0] * (1 - self._UNKNOWN * (1 - num_tokens / sizes[0]))
-        if i == len(sizes):
-            slope = self._UNKNOWN * seconds[-1] / sizes[-1]
-            if i > 1:
-                slope = max(slope, (seconds[-1] - seconds[-2]) / (sizes[-1] - sizes[-2]))
-            return seconds[-1] + slope * (num_tokens - sizes[-1])
-        share = (num_tokens - sizes[i - 1]) / (sizes[i] - sizes[i - 1])
-        return seconds[i - 1] + share * (seconds[i] - seconds[i - 1])
+    def known(self, size: int, since: int, weight: float, around: int = 0) -> bool:
+        """Whether steps of about this size were seen often enough, and since a step; `around` classes count as about."""
+        here = self._class(size)
+        return any(
+            (kept := self._classes.get(i)) is not None and kept[2] >= weight and kept[3] > since
+            for i in range(here - around, here + around + 1)
+        )
 
-    def lengths(self, acceptances: Sequence[float], limit: int, num_other_tokens: int = 0) -> list[int]:
-        """Draft tokens for each sequence that decodes this step, at most `limit`.
-
-        `acceptances`: of each sequence's drafter, 0 for one without guesses. `num_other_tokens`: of prefill in the same step.
-        The first steps of a batch size, and one in a hundred later, go without drafts: what drafts add cannot be known otherwise.
-        """
-        num = len(acceptances)
-        p = np.minimum(np.asarray(acceptances, np.float64), 0.98)
-        if limit < 1 or num == 0 or p.max() < self._THRESHOLDS[-1]:
-            return [0] * num
-        if not self._classes or (num_other_tokens == 0 and not self._known(num)):
-            return [0] * num
-        with np.errstate(divide="ignore"):
-            log_p = np.log(p)[:, None]
-        base = num + num_other_tokens
-        # Far beyond what was seen, costs are a guess: go there by degrees.
-        most = max(self._points()[0][-1] * 1.5 + 4 - base, 0)
-        rows = np.minimum(np.floor(np.log(self._THRESHOLDS) / log_p + 1e-9), limit)  # p**length >= threshold
-        rows = np.clip(np.floor(most - (rows.cumsum(0) - rows)), 0, rows)
-        gains = (p[:, None] * (1 - p[:, None] ** rows) / (1 - p[:, None])).sum(0).tolist()
-        totals = rows.sum(0).tolist()
-        alone, without = self.cost(num), self.cost(base)
-        best, best_rate = 0, self._MARGIN * num / alone
-        for i, total in enumerate(totals):
-            rate = (num + gains[i]) / (alone + (self.cost(base + total) - without))
-            if total > 0 and rate > best_rate:
-                best, best_rate = i, rate
-        longer = next((i for i, total in enumerate(totals) if total > totals[best]), None)
-        if longer is not None and not self._known(base + int(totals[longer])):
-            expected = self.cost(base + totals[best])
-            if self._credit >= self.cost(base + totals[longer]) - expected:
-                best, self._probed = longer, expected
-        return [int(length) for length in rows[:, best]]
-
-    def _class(self, num_tokens: int) -> int:
-        return int(self._CLASSES_PER_OCTAVE * math.log2(num_tokens))
-
-    def _known(self, num_tokens: int) -> bool:
-        """Whether steps of about this many tokens were seen often enough, and lately."""
-        kept = self._classes.get(self._class(num_tokens))
-        return kept is not None and kept[2] >= self._ENOUGH and self._steps - kept[3] < self._STALE
-
-    def _points(self) -> tuple[list[float], list[float]]:
+    def points(self) -> tuple[list[float], list[float]]:
         """Sizes, increasing, and seconds, non-decreasing."""
         if self._curve is None:
             sizes: list[float] = []
             pools: list[list[float]] = []  # seconds, weight, number of classes
-            for _, (size, seconds, weight, seen) in sorted(self._classes.items()):
+            last_step = max((kept[3] for kept in self._classes.values()), default=0)
+            for i, (size, seconds, weight, seen) in sorted(self._classes.items()):
+                self._drawn[i] = seconds
                 sizes.append(size)
-                pools.append([seconds, weight * self._FORGET ** (self._steps - seen) + 1e-9, 1])
+                pools.append([seconds, weight * self._FORGET ** (last_step - seen) + 1e-9, 1])
                 while len(pools) > 1 and pools[-2][0] > pools[-1][0]:
                     value, w, count = pools.pop()
                     last = pools[-1]
@@ -464,3 +401,158 @@ class DraftBudget:
                     last[2] += count
             self._curve = sizes, [value for value, _, count in pools for _ in range(int(count))]
         return self._curve
+
+    def _class(self, size: int) -> int:
+        return int(self._CLASSES_PER_OCTAVE * math.log2(size))
+
+
+class DraftBudget:
+    """How many draft tokens a step may carry: as many as raise the expected tokens per second.
+
+    A step's cost is what its sequences cost, measured in steps without drafts, and what the drafts add to that, measured for each
+    octave of the number of sequences: a draft token shares the weights and the keys and values that its sequence reads anyhow,
+    so it may cost much less than a sequence, and how much less depends on the machine. A token is drafted where it and all
+    before it are right with at least some probability; of a row of such thresholds, the one that promises the most tokens a
+    second is taken. One per engine, engine thread only.
+    """
+
+    _OUTLIER = 2.0  # a step counts at most this many times what was expected
+    _UNKNOWN = 0.5  # of a sequence's cost is taken for a draft token's, where nothing was seen
+    _MARGIN = 1.03  # drafts must promise this much more tokens a second
+    _EXPLORE = 0.005  # share of all time that trying longer drafts may cost
+    _STALE = 100  # steps after which a class is looked at again
+    _SELDOM = 8  # of so many steps without drafts that nobody asked for, one is looked at
+    _ENOUGH = 1.5  # steps of a class, older ones for less, that its mean is believed from
+    _NEAR = 2  # classes to both sides that tell enough of what sequences cost
+    _THRESHOLDS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.32, 0.25, 0.2, 0.16, 0.12)
+    _MOST = 0.98  # no guess is taken to be surer
+
+    def __init__(self) -> None:
+        self._alone = _Costs()
+        self._extra: dict[int, _Costs] = {}  # by octave of the number of sequences
+        self._steps = 0
+        self._asked = True  # for a step without drafts
+        self._credit = 0.0  # seconds
+        self._probed: float | None = None  # seconds expected without what the last step tried out
+        self._tables: dict[int, list[tuple[list[int], list[float]]]] = {}
+
+    def observe(self, num_sequences: int, num_drafts: int, seconds: float) -> None:
+        """A step that computed one token and so many draft tokens for these sequences, and nothing else, took `seconds`."""
+        if num_sequences < 1 or num_drafts < 0 or not 1e-9 < seconds < 1e5:
+            return
+        self._steps += 1
+        if not num_drafts and not self._asked and self._steps % self._SELDOM:
+            self._credit += self._EXPLORE * seconds
+            return
+        if self._steps > 1:
+            seconds = min(seconds, self._OUTLIER * self.cost(num_sequences, num_drafts))
+        self._asked = False
+        self._credit = min(self._credit + self._EXPLORE * seconds, 2 * seconds)
+        if self._probed is not None:
+            self._credit -= max(0.0, seconds - self._probed)
+            self._probed = None
+        if num_drafts:
+            extra = self._extra.setdefault(num_sequences.bit_length(), _Costs())
+            extra.add(num_drafts, seconds - self.cost(num_sequences), self._steps)
+        else:
+            self._alone.add(num_sequences, seconds, self._steps)
+
+    def cost(self, num_sequences: int, num_drafts: int = 0) -> float:
+        """Seconds that a step is expected to take; 0 before anything was observed."""
+        sizes, seconds = self._alone.points()
+        if not sizes:
+            return 0.0
+        i = bisect_right(sizes, num_sequences)
+        if i == 0:
+            alone = seconds[0] * (1 - self._UNKNOWN * (1 - num_sequences / sizes[0]))
+        else:
+            alone = _interpolate(sizes, seconds, i, num_sequences, self._UNKNOWN * seconds[-1] / sizes[-1])
+        if not num_drafts:
+            return alone
+        sizes, seconds = self._drafts(num_sequences).points()
+        return alone + self._added(sizes, seconds, num_drafts, self._UNKNOWN * alone / num_sequences)
+
+    @staticmethod
+    def _added(sizes: list[float], seconds: list[float], num_drafts: int, unknown: float) -> float:
+        """What so many drafts add by these points, or `unknown` each if there is none."""
+        if not sizes:
+            return unknown * num_drafts
+        i = bisect_right(sizes, num_drafts)
+        if i == 0:
+            return max(seconds[0], 0.0) * num_drafts / sizes[0]
+        return max(_interpolate(sizes, seconds, i, num_drafts, max(seconds[-1], 0.0) / sizes[-1]), 0.0)
+
+    def lengths(self, acceptances: Sequence[float], limit: int) -> list[int]:
+        """Draft tokens for each sequence that decodes this step, at most `limit`.
+
+        `acceptances`: of each sequence's drafter, 0 for one without guesses or drafter. The first steps of a batch size, and
+        one in a hundred later, go without drafts: what drafts add cannot be known otherwise.
+        """
+        num, least = len(acceptances), self._THRESHOLDS[-1]
+        active = sum(p >= least for p in acceptances)
+        since = self._steps - self._STALE
+        if limit < 1 or not active:
+            return [0] * num
+        if not self._alone.known(num, since, self._ENOUGH, self._NEAR):
+            self._asked = True
+            return [0] * num
+        extra = self._drafts(num)
+        sizes, seconds = extra.points()
+        # Far beyond what was seen, costs are a guess: go there by degrees.
+        most = max(2 * sizes[-1] if sizes else 0, 4, active)
+        table = self._table(min(limit, int(most) // active))
+        options = [table[int(100 * p) if p < self._MOST else -1] for p in acceptances if p >= least]
+        totals = [sum(row) for row in zip(*(rows for rows, _ in options), strict=True)]
+        gains = [sum(row) for row in zip(*(gains for _, gains in options), strict=True)]
+        alone = self.cost(num)
+        unknown = self._UNKNOWN * alone / num
+        best, best_rate, best_added = -1, self._MARGIN * num / alone, 0.0
+        last, longer, longer_added = 0, -1, 0.0
+        for i, total in enumerate(totals):
+            if total == last:
+                continue
+            last, added = total, self._added(sizes, seconds, total, unknown)
+            if (rate := (num + gains[i]) / (alone + added)) > best_rate:
+                best, best_rate, best_added, longer = i, rate, added, -1
+            elif longer < 0:
+                longer, longer_added = i, added
+        if (
+            longer >= 0
+            and self._credit >= longer_added - best_added
+            and not extra.known(totals[longer], since, self._ENOUGH)
+        ):
+            best, self._probed = longer, alone + best_added
+        if best < 0:
+            return [0] * num
+        chosen = iter(options)
+        return [next(chosen)[0][best] if p >= least else 0 for p in acceptances]
+
+    def _drafts(self, num_sequences: int) -> _Costs:
+        """What drafts add at this number of sequences, or at the nearest that was seen."""
+        octave = num_sequences.bit_length()
+        found = self._extra.get(octave)
+        if found is None and self._extra:
+            found = self._extra[min(self._extra, key=lambda seen: abs(seen - octave))]
+        return found or _Costs()
+
+    def _table(self, limit: int) -> list[tuple[list[int], list[float]]]:
+        """By acceptance in hundredths, up to `_MOST`: lengths by threshold, and the tokens they promise."""
+        if (table := self._tables.get(limit)) is None:
+            p = np.maximum(np.arange(round(100 * self._MOST) + 1) / 100, 1e-9)[:, None]
+            rows = np.minimum(
+                np.floor(np.log(self._THRESHOLDS) / np.log(p) + 1e-9), limit
+            )  # p**length >= threshold
+            gains = p * (1 - p**rows) / (1 - p)
+            table = list(zip(rows.astype(int).tolist(), gains.tolist(), strict=True))
+            self._tables[limit] = table
+        return table
+
+
+def _interpolate(sizes: Sequence[float], values: Sequence[float], i: int, size: float, least: float) -> float:
+    """The value at `size`, which is between point `i - 1` and `i`, or beyond the last: there rising by at least `least`."""
+    if i == len(sizes):
+        if i > 1:
+            least = max(least, (values[-1] - values[-2]) / (sizes[-1] - sizes[-2]))
+        return values[-1] + least * (size - sizes[-1])
+    share = (size - sizes[i - 1]) / (sizes[i] - sizes[i - 1])
+    return values[i - 1] + share * (values[i] - values[i - 1])

@@ -278,6 +278,27 @@ class Guide:
         self._check()
         return filled
 
+    def open_draft(self, draft: Sequence[int]) -> int:
+        """Return how many tokens of `draft` may be verified at once: all are allowed, and after none of them anything is forced.
+
+        A forced token is not the model's to choose, so none may come of a draft. The state is unchanged. Raises `RequestError`
+        if the grammar exceeds its limits here.
+        """
+        if self._stopped:
+            return 0
+        matcher, taken, forces = self._matcher, 0, False
+        for token in draft:
+            if token in self._factory.stop_ids or not matcher.try_consume_tokens([token]):
+                break
+            taken += 1
+            forces = matcher.is_stopped() or bool(matcher.compute_ff_tokens())
+            if forces:
+                break
+        self._check()
+        if taken:
+            matcher.rollback(taken)
+        return taken - forces
+
     def accept(self, token_ids: Sequence[int]) -> None:
         """Go on by tokens that the masks allow. Raises `AssertionError` for others, and then accepts none."""
         tokens = list(token_ids)

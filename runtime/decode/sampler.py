@@ -37,7 +37,7 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     """End when the output contains one of these; the output is cut before it."""
     ignore_eos: bool = False
-    """Go on after the end token, to max_new_tokens (for measurements)."""
+    """Go on after the end token, to max_new_tokens (for measurements); an output that `guidance` shapes ends all the same."""
     logprobs: bool = False
     """Report the log-probability of each output token."""
     guidance: str | Mapping[str, Any] | Regex = "auto"
@@ -46,7 +46,7 @@ class SamplingParams:
     guard: Literal["rescue", "stop", "off"] = "rescue"
     """What happens to a repetition loop: rolled back and suppressed, ended, or nothing (as with `ignore_eos`)."""
     max_rescues: int = 2
-    """Loops of one output that are rescued; the next one ends it."""
+    """Loops of one output that are rescued; the next one ends it, and a retry ends at its first."""
     max_retries: int = 1
     """Times that a page which ended badly is generated again from its prompt's cache; pages only."""
     drafts: Literal["auto", "off"] = "auto"
@@ -98,9 +98,11 @@ class SamplingParams:
 class SamplingState:
     """The random stream of one sequence."""
 
-    def __init__(self, params: SamplingParams) -> None:
+    def __init__(self, params: SamplingParams, number: int = 0) -> None:
+        """`number` tells the streams of one seed apart."""
         self.params = params
-        self.random = np.random.default_rng(params.seed) if params.temperature > 0 else None
+        seed = None if params.seed is None else [params.seed, number] if number else params.seed
+        self.random = np.random.default_rng(seed) if params.temperature > 0 else None
 
     @property
     def plain_greedy(self) -> bool:

@@ -105,35 +105,31 @@ class Attempt:
     finish_reason: FinishReason
     valid: bool
     """The answer is a page of valid JSON."""
-    loops: int
-    """Loops that the guard caught."""
     confidence: Confidence
     mismatch: Mismatch | None = None
 
     @property
     def ended_badly(self) -> bool:
-        """Whether another attempt is worth its tokens: cut, stopped in a loop, broken, or against the ink."""
-        return not self.valid or self.finish_reason != "stop" or self.mismatch is not None
+        """Whether another attempt is worth its tokens: stopped in a loop, broken, or against the ink.
+
+        One that the token cap cut costs the most and is mostly cut again.
+        """
+        if self.finish_reason == "stop":
+            return not self.valid or self.mismatch is not None
+        return self.finish_reason == "loop"
 
 
 def best_attempt(attempts: Sequence[Attempt]) -> int:
     """Return the index of the best attempt; the earliest of equals. Raises ValueError if there is none.
 
-    In this order: valid JSON; ended by itself rather than cut or stopped; no ink mismatch; fewer loops; the higher mean
-    probability.
+    In this order: valid JSON; ended by itself rather than cut or stopped; no ink mismatch; the higher mean probability.
     """
     if not attempts:
         raise ValueError("there are no attempts to choose from")
 
-    def merit(index: int) -> tuple[bool, bool, bool, int, float]:
+    def merit(index: int) -> tuple[bool, bool, bool, float]:
         a = attempts[index]
         mean = a.confidence.mean
-        return (
-            a.valid,
-            a.finish_reason == "stop",
-            a.mismatch is None,
-            -a.loops,
-            -1.0 if mean is None else mean,
-        )
+        return a.valid, a.finish_reason == "stop", a.mismatch is None, -1.0 if mean is None else mean
 
     return max(range(len(attempts)), key=merit)

@@ -87,12 +87,14 @@ def run(
             on_page(result, totals)
 
     finished = output.finished
+    # Before the writer starts and drops what was there: this refuses options that cannot be meant.
+    pages = engine.read(inputs.sources, skip=finished, **how)
     try:
         with output.writer(written) as writer:
             for result in inputs.unreadable:
                 if (result.source, result.page) not in finished:
                     writer.put(result)
-            for result in engine.read(inputs.sources, skip=finished, **how):
+            for result in pages:
                 writer.put(result)
     except KeyboardInterrupt:
         if not output.resumable:

@@ -174,9 +174,10 @@ def _ink(grey: Bytes) -> npt.NDArray[np.bool_]:
     ground = _around(mean, np.add, outside=int(np.median(mean)))
     on_dark = ground * 2 < 9 * (above + below) - 9 * contrast // 8
     floor = np.where(on_dark, 0, light - threshold).clip(0, 255).astype(np.uint8)
-    ceiling = np.where(on_dark, dark + threshold, 255).clip(0, 255).astype(np.uint8)
     is_ink = bands < np.repeat(floor, _TILE, axis=1)[:, None]
-    is_ink |= bands > np.repeat(ceiling, _TILE, axis=1)[:, None]
+    if on_dark.any():
+        ceiling = np.where(on_dark, dark + threshold, 255).clip(0, 255).astype(np.uint8)
+        is_ink |= bands > np.repeat(ceiling, _TILE, axis=1)[:, None]
     _drop_borders(is_ink, top, mean)
     return is_ink.reshape(height, width)
 

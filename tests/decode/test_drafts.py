@@ -281,12 +281,14 @@ class Machine:
         seconds = tokens = drafts = plain = 0.0
         for step in range(steps):
             other = 2000 if self.prefill and step % self.prefill == 7 else 0
-            lengths = self.budget.lengths([p] * num, limit, other)
+            lengths = self.budget.lengths([p] * num, limit)
             assert len(lengths) == num
             assert all(0 <= length <= limit for length in lengths)
             size = num + other + sum(lengths)
             took = self.cost(size) * math.exp(self.rng.gauss(0, self.noise))
-            self.budget.observe(size, took * (20 if self.rng.random() < self.hiccups else 1))
+            if not other:
+                took *= 20 if self.rng.random() < self.hiccups else 1
+                self.budget.observe(num, sum(lengths), took)
             if step >= steps // 2 and not other:
                 seconds += self.cost(size)
                 plain += self.cost(num)
@@ -298,6 +300,18 @@ class Machine:
 
 def flat_then_linear(n):
     return 1e-3 * (1 + max(0, n - 32) / 32)
+
+
+def test_a_draft_token_is_not_taken_for_a_sequence():
+    """Sequences read keys and values of their own, drafts those of their sequence."""
+    budget = DraftBudget()
+    rng = random.Random(0)
+    for num in (16, 8, 2):
+        for _ in range(60):
+            lengths = budget.lengths([0.9] * num, 8)
+            seconds = 1.5e-3 + 0.5e-3 * num + 0.15e-3 * sum(lengths)
+            budget.observe(num, sum(lengths), seconds * math.exp(rng.gauss(0, 0.02)))
+        assert sum(budget.lengths([0.9] * num, 8)) >= 3 * num
 
 
 def linear(n):
@@ -345,14 +359,16 @@ def test_a_cold_start_is_careful():
     budget = DraftBudget()
     assert budget.cost(1) == 0
     assert budget.lengths([0.9, 0.9], 8) == [0, 0]
-    budget.observe(2, 0.01)
+    for _ in range(2):
+        budget.observe(2, 0, 0.01)
     assert sum(budget.lengths([0.98, 0.98], 64)) <= 8
 
 
 def test_only_sequences_with_guesses_get_drafts():
     budget = DraftBudget()
-    for n in (4, 4, 4, 8, 16, 32):
-        budget.observe(n, 0.01)
+    for drafts in (0, 0, 0, 4, 8, 16):
+        budget.lengths([0.9] * 4, 8)
+        budget.observe(4, drafts, 0.01)
     lengths = budget.lengths([0.95, 0.0, 0.6, 0.01], 8)
     assert lengths[0] > lengths[2] >= lengths[1] == lengths[3] == 0
     assert budget.lengths([], 8) == []
@@ -361,13 +377,21 @@ def test_only_sequences_with_guesses_get_drafts():
 
 
 @given(
-    st.lists(st.tuples(st.integers(-1, 5000), st.floats(allow_nan=True, allow_infinity=True)), max_size=40)
+    st.lists(
+        st.tuples(
+            st.integers(-1, 500), st.integers(-1, 5000), st.floats(allow_nan=True, allow_infinity=True)
+        ),
+        max_size=40,
+    )
 )
 def test_costs_never_fall_with_the_size_whatever_was_observed(steps):
     budget = DraftBudget()
-    for size, seconds in steps:
-        budget.observe(size, seconds)
-    costs = [budget.cost(n) for n in range(0, 6000, 171)]
-    assert all(math.isfinite(c) and c >= 0 for c in costs)
-    assert all(a <= b * (1 + 1e-9) for a, b in pairwise(costs))
-    assert len(budget.lengths([0.9, 0.5], 8, 100)) == 2
+    for num, drafts, seconds in steps:
+        budget.observe(num, drafts, seconds)
+    for costs in (
+        [budget.cost(n) for n in range(0, 600, 17)],
+        [budget.cost(3, n) for n in range(0, 6000, 171)],
+    ):
+        assert all(math.isfinite(c) and c >= 0 for c in costs)
+        assert all(a <= b * (1 + 1e-9) for a, b in pairwise(costs))
+    assert len(budget.lengths([0.9, 0.5], 8)) == 2

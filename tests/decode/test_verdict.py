@@ -147,10 +147,9 @@ def attempt(
     *,
     valid: bool = True,
     reason: str = "stop",
-    loops: int = 0,
     mismatch: str | None = None,
 ) -> Attempt:
-    return Attempt("", reason, valid, loops, Confidence(mean, mean, {}), mismatch)
+    return Attempt("", reason, valid, Confidence(mean, mean, {}), mismatch)
 
 
 @pytest.mark.parametrize(
@@ -159,9 +158,7 @@ def attempt(
         (attempt(0.1), attempt(0.9, valid=False)),
         (attempt(0.1), attempt(0.9, reason="loop")),
         (attempt(0.1), attempt(0.9, reason="length")),
-        (attempt(0.1, loops=3), attempt(0.9, reason="loop", loops=1)),
         (attempt(0.1), attempt(0.9, mismatch="much")),
-        (attempt(0.1, loops=1), attempt(0.9, loops=2)),
         (attempt(0.9), attempt(0.8)),
         (attempt(0.0), attempt(None)),
         (attempt(0.1, valid=True, reason="length"), attempt(0.9, valid=False)),
@@ -179,7 +176,8 @@ def test_the_earliest_of_equals_wins():
         best_attempt([])
 
 
-def test_only_a_good_end_needs_no_retry():
-    assert not attempt(0.1, loops=2).ended_badly, "a rescued page that ended is left alone"
-    for bad in (attempt(valid=False), attempt(reason="length"), attempt(mismatch="little")):
+def test_another_attempt_has_to_be_worth_its_tokens():
+    assert not attempt(0.1).ended_badly
+    assert not attempt(reason="length", mismatch="much").ended_badly, "it would mostly be cut again"
+    for bad in (attempt(valid=False), attempt(reason="loop"), attempt(mismatch="little")):
         assert bad.ended_badly

@@ -2,11 +2,12 @@
 
 `a_p3.png` has three pages; names with `bad` fail, names with `loop` degenerate. Pages finish out of order.
 `FAKE_DELAY` (seconds a page), `FAKE_CLOSE` (seconds to close) and `FAKE_RAISE` (the source at which the
-engine breaks) steer it.
+engine breaks) steer it; to the file `FAKE_HOW` it writes how it is asked to read.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import time
@@ -65,6 +66,8 @@ class Engine:
         skip: Container[tuple[str, int]] = (),
         **how: object,
     ) -> Iterator[PageResult]:
+        if "FAKE_HOW" in os.environ:
+            Path(os.environ["FAKE_HOW"]).write_text(json.dumps(how, default=repr))
         waiting: list[PageResult] = []
         for source in inputs:
             if self.raise_at and self.raise_at in source:
