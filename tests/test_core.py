@@ -29,7 +29,8 @@ def scenarios(draw):
         requests=requests,
         cancel=draw(st.dictionaries(st.integers(0, 5), st.integers(0, 20), max_size=2)),
         block_size=block_size,
-        num_blocks=draw(st.integers(-(-44 // block_size), -(-90 // block_size))),
+        # At least what one request may need: two images among three texts, and its output.
+        num_blocks=draw(st.integers(-(-51 // block_size), -(-90 // block_size))),
         max_num_seqs=draw(st.integers(1, 5)),
         max_step_tokens=draw(st.sampled_from([1, 2, 5, 17, 64])),
         max_step_image_tokens=draw(st.sampled_from([1, 6, 100])),
