@@ -38,7 +38,6 @@ from loop_set import rounded
 from stages import stage_folder
 
 from pagemill import Engine, SamplingParams
-from pagemill.decode.drafts import DraftIndex
 from pagemill.decode.page import FIELDS
 from pagemill.score import Reading, Truth, read_truths, score_page
 
@@ -110,9 +109,8 @@ def read_group(
         if known is not None and same(known, policy):
             runs.append(replace(known, policy=policy))
             continue
-        engine.core.drafts = DraftIndex()
         started = time.process_time()
-        (page,) = engine.read(str(path), params=params)
+        (page,) = engine.read(str(path), params=params, salt=f"{model} {policy} {truth.name}")
         cpu = time.process_time() - started
         if page.error:
             raise SystemExit(page.error)

@@ -248,7 +248,7 @@ def run(world, scenario):
             _, finished = core.step()
             core.scheduler.check()
             for seq in finished:
-                core.drafts.add("", seq.output_ids)
+                core.drafts("").add("", seq.output_ids)
         step += 1
         assert step < 5000
     drain(core)
