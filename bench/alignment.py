@@ -16,7 +16,6 @@ import argparse
 import json
 import math
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -31,6 +30,7 @@ from pagemill import Engine, SamplingParams
 from pagemill.cost.compare import Pages, align, alignment_summary, select_pages
 from pagemill.decode.page import FIELDS
 from pagemill.score import Reading, score, summarize
+from pagemill.stats import EngineStats
 
 GENRES = ("prose", "legal", "form", "hard", "loop")
 CLEAN = ("prose", "legal", "form")
@@ -59,15 +59,21 @@ def read_stage(
     )
     with Engine.from_pretrained(str(stage_folder(stage, folder)), dtype=dtype) as engine:
         list(engine.read(pages.refs[0].source, params=params, salt="warm"))  # not timed
-        started = time.perf_counter()
+        before = engine.stats()
         aligned = align(engine, pages)
-        scored = time.perf_counter()
+        scored = engine.stats()
+        for one in aligned:
+            if one.error:
+                print(f"{stage}, left out: {Path(one.source).name}: {one.error}")
+        fits = [i for i, one in enumerate(aligned) if not one.error]
+        aligned = [aligned[i] for i in fits]
+        pages = Pages([pages.refs[i] for i in fits], [pages.truths[i] for i in fits], 0)
         results = {
             (r.source, r.page): r
             for r in engine.read([p.source for p in pages.refs], params=params, salt="read")
         }
-        ended = time.perf_counter()
-    if failed := [r.error for r in [*aligned, *results.values()] if r.error]:
+        seconds = {"scoring": busy(scored.since(before)), "reading": busy(engine.stats().since(scored))}
+    if failed := [r.error for r in results.values() if r.error]:
         raise SystemExit(failed[0])
     readings = []
     for ref, truth in zip(pages.refs, pages.truths, strict=True):
@@ -98,7 +104,16 @@ def read_stage(
             "cer": means["fields"]["cer"],
             "degeneration_rate": means["degeneration_rate"],
         }
-    return points, {"cells": cells, "seconds": {"score": scored - started, "read": ended - scored}}
+    return points, {"cells": cells, "seconds": seconds}
+
+
+def busy(stats: EngineStats) -> dict[str, float]:
+    """Seconds of the engine's thread: what both ways need, and what the answers took."""
+    return {
+        "vision": stats.encode_s,
+        "prefill": stats.prefill_s,
+        "answers": stats.decode_s + stats.sampling_s + stats.bookkeeping_s,
+    }
 
 
 def relations(points: Sequence[Point]) -> dict[str, float]:
@@ -170,8 +185,8 @@ def show(stages: dict[str, dict[str, Any]], tables: dict[str, Any], cells: dict[
     said = ", ".join(f"{name} {'-' if value is None else f'{value:.3f}'}" for name, value in cells.items())
     print(f"{len(stages) * len(GENRES)} cells of stage and genre, Spearman: {said}")
     for stage, found in stages.items():
-        s = found["seconds"]
-        print(f"{stage}: scoring took {s['score']:.1f} s, reading {s['read']:.1f} s")
+        for way, parts in found["seconds"].items():
+            print(f"{stage}, {way}: {', '.join(f'{name} {s:.1f} s' for name, s in parts.items())}")
 
 
 def main() -> None:

@@ -4,9 +4,9 @@
     python bench/compare_kernels.py OLD.json NEW.json
 
 One file: the fraction of its limit that every op reaches. Two: an op is slower (or faster) if its fastest round moved by more
-than the threshold, as other programs only ever add time, and its middle half of rounds lies wholly beyond the old one's. Both
-runs measured their machine: an op's seconds are taken relative to its limit in the same run, so that a slower clock is not the
-op's fault (`--absolute` compares seconds).
+than the threshold, as other programs only ever add time, by more than the machine itself was disturbed around it, and its
+middle half of rounds lies wholly beyond the old one's. Both runs measured their machine: an op's seconds are taken relative to
+its limit in the same run, so that a slower clock is not the op's fault (`--absolute` compares seconds).
 
 Exit code 0: nothing got slower. 1: something did, or an op of OLD is not in NEW. 2: a file cannot be compared.
 """
@@ -38,11 +38,13 @@ class Op:
     limit: float
     limited_by: str
     fraction: float
+    disturbed: float = 1.0
+    """Times that the machine itself took as long, around this op, as at its best in the run."""
 
     def scaled(self, by: float) -> Op:
         """The same on a machine that takes `by` times as long."""
         seconds = [s * by for s in (self.best, self.median, self.low, self.high)]
-        return Op(*seconds, self.limit, self.limited_by, self.fraction)
+        return Op(*seconds, self.limit, self.limited_by, self.fraction, self.disturbed)
 
 
 @dataclass(frozen=True)
@@ -60,10 +62,10 @@ class Change:
         return self.new.best / self.old.best
 
     def slower(self, threshold: float) -> bool:
-        return self.ratio > 1 + threshold and self.new.low > self.old.high
+        return self.ratio > (1 + threshold) * self.new.disturbed and self.new.low > self.old.high
 
     def faster(self, threshold: float) -> bool:
-        return self.ratio < 1 / (1 + threshold) and self.new.high < self.old.low
+        return self.ratio * (1 + threshold) * self.old.disturbed < 1 and self.new.high < self.old.low
 
 
 def read(path: str) -> dict[str, Op]:
@@ -78,6 +80,7 @@ def read(path: str) -> dict[str, Op]:
                 float(info["limit_s"]),
                 str(info["limited_by"]),
                 float(info["fraction"]),
+                max(1.0, float(info["disturbed"])),
             )
     except OSError as error:
         raise BadResult(f"{path} cannot be read: {error.strerror or error}.") from None
@@ -109,10 +112,11 @@ def _time(seconds: float) -> str:
 
 def show(ops: Mapping[str, Op]) -> None:
     width = max(map(len, ops))
-    print(f"{'':{width}}{'median':>10}{'limit':>10}  {'by':11}{'fraction':>9}")
+    print(f"{'':{width}}{'median':>10}{'limit':>10}  {'by':11}{'fraction':>9}{'disturbed':>11}")
     for name, op in sorted(ops.items()):
         print(
             f"{name:{width}}{_time(op.median):>10}{_time(op.limit):>10}  {op.limited_by:11}{100 * op.fraction:7.0f} %"
+            f"{op.disturbed:10.2f}x"
         )
 
 

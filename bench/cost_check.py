@@ -1,11 +1,15 @@
 """The cost model and the simulator against this machine: calibrated on a few runs, held against others that they have not seen.
 
     python bench/cost_check.py --write
+    python bench/cost_check.py --write --again        # fit and report anew what was measured last
 
-What is measured is processor time, on one thread, so that other programs on the machine disturb little. Device: multiply-adds a
-second of the packed linear kernel, and the rate at which it reads weights that no cache holds. Efficiencies: a page's time is
-linear in the inverse shares and in the seconds a step, a row and an image; they are fitted to the calibration runs by least
-squares of relative errors, none below zero. Other precisions take the efficiencies of float32, and rates of their own.
+What is measured is processor time, on one thread, so that other programs on the machine disturb little.
+
+Kernels, by dtype: operations a second of the packed linear kernel on the shapes of the model's decoder and vision tower, and
+of attention over a page; bytes a second of the decoder's weights as one row reads them; how many rows it takes to come near the
+rate. All else (what lies between the matrix products, and what a step, a row and an image cost besides) is fitted to the
+calibration runs, which are in float32: least squares of relative errors, nothing below zero. A page's time is linear in these
+numbers. Other precisions take them over; what lies between the matrix products counts by bytes.
 """
 
 from __future__ import annotations
@@ -78,30 +82,53 @@ CALIBRATION = [
     Point(280, 392, 24, 1, 8), Point(560, 784, 160, 16, 24),
 ]  # fmt: skip
 UNSEEN = [
-    Point(392, 560, 120, 8, 16), Point(672, 896, 150, 12, 18), Point(896, 1232, 90, 6, 8), Point(476, 644, 250, 24, 32),
-    Point(336, 448, 60, 2, 12), Point(616, 868, 40, 4, 10),
+    Point(448, 616, 100, 10, 14), Point(728, 1036, 120, 8, 12), Point(980, 1372, 60, 4, 6), Point(364, 504, 220, 20, 30),
+    Point(308, 420, 80, 3, 10), Point(588, 840, 60, 5, 10),
 ]  # fmt: skip
 
 
-def fastest(call: Any, repeats: int = 7) -> float:
-    """Processor seconds of the fastest of some calls."""
-    best = float("inf")
+def seconds_of(call: Any, repeats: int = 9) -> float:
+    """Processor seconds of a call, median."""
+    call()
+    times = []
     for _ in range(repeats):
         start = time.process_time()
         call()
-        best = min(best, time.process_time() - start)
-    return best
+        times.append(time.process_time() - start)
+    return statistics.median(times)
 
 
-def measure_device(dtype: torch.dtype) -> tuple[float, float]:
-    """Operations a second of the packed linear kernel on many rows, and bytes a second on one row of weights beyond caches."""
-    k = kernels.select("auto", torch.device("cpu"), dtype)
-    weight = k.pack_linear(torch.randn(768, 768), None)
-    rows = torch.randn(512, 768).to(dtype)
-    flops = 2 * 512 * 768 * 768 / fastest(lambda: k.linear(rows, weight))
-    large = k.pack_linear(torch.randn(8192, 8192), None)
-    row = torch.randn(1, 8192).to(dtype)
-    return flops, 8192 * 8192 * dtype.itemsize / fastest(lambda: k.linear(row, large))
+def measure_kernels(engine: Engine, dtype: torch.dtype) -> dict[str, float]:
+    """Operations a second of the model's own products and of attention, and bytes a second of reading weights."""
+    k, model = engine.core.model.decoder.kernels, engine.core.model
+    random = torch.Generator().manual_seed(0)
+
+    def rows(count: int, width: int) -> torch.Tensor:
+        return torch.randn(count, width, generator=random).to(dtype)
+
+    def seconds_for(count: int, layers: list[Any]) -> float:
+        xs = {packed.in_features: rows(count, packed.in_features) for packed in layers}
+        return seconds_of(lambda: [k.linear(xs[packed.in_features], packed) for packed in layers])
+
+    def weights(layers: list[Any]) -> int:
+        return sum(packed.in_features * packed.out_features for packed in layers)
+
+    decoder = [p for x in model.decoder.layers for p in (x.qkv, x.out, x.gate_up, x.down)]
+    tower = [p for x in model.vision.blocks[:2] for p in (x.qkv, x.proj, x.gate_up, x.down)]
+    found = {
+        "matmul": 2 * 512 * weights(decoder) / seconds_for(512, decoder),
+        "vision": 2 * 2048 * weights(tower) / seconds_for(2048, tower),
+        "bandwidth": weights(decoder) * dtype.itemsize / seconds_for(1, decoder),
+    }
+    few = seconds_for(16, decoder) * found["matmul"] / (2 * weights(decoder))
+    found["half_rows"] = max(few - 16, 0.0)
+    vision = model.config.vision
+    count, heads, width = 2048, vision.num_heads, vision.head_dim
+    q, key, value = (rows(count, heads * width).view(count, heads, width) for _ in range(3))
+    offsets = torch.tensor([0, count], dtype=torch.int32)
+    spent = seconds_of(lambda: k.varlen_attention(q, key, value, offsets, width**-0.5), 3)
+    found["attention"] = 4 * count * count * heads * width / spent
+    return found
 
 
 def run(engine: Engine, point: Point, first: int = 0) -> dict[str, Any]:
@@ -144,82 +171,99 @@ def simulated(found: dict[str, Any], point: Point, cost: StepCost) -> float:
     return simulate(workload_of(found), Settings(point.concurrency), cost).seconds
 
 
-UNIT = Efficiency(1, 1, 1, 1, origin="measured limits")
-KNOBS = ("matmul", "vision", "attention", "step_s", "row_s", "image_s", "prepare_s")
+KNOBS = ("activation_s", "step_s", "row_s", "image_s", "prepare_s")
+STEPS = (1e-10, 1e-3, 1e-3, 1e-3, 1e-3)
 
 
-def turned(efficiency: Efficiency, knob: str, value: float) -> Efficiency:
-    """With one inverse share (matrix products and reading together), or one number of seconds, at `value`."""
-    if knob.endswith("_s"):
-        return replace(efficiency, **{knob: value})
-    changed = {knob: 1 / value}
-    if knob == "matmul":
-        changed["bandwidth"] = 1 / value
-    return replace(efficiency, **changed)
+def device_of(rates: dict[str, dict[str, float]]) -> Device:
+    """The machine, by a model's own matrix products."""
+    return measured(
+        "this-machine",
+        flops={dtype: found["matmul"] for dtype, found in rates.items()},
+        attention={dtype: found["attention"] for dtype, found in rates.items()},
+        bandwidth=rates["float32"]["bandwidth"],
+        memory=8e9,
+        source="bench/cost_check.py",
+    )
 
 
-def fit(runs: list[tuple[Point, dict[str, Any]]], shape: Shape, dtype: str, device: Device) -> Efficiency:
-    """Efficiencies that explain the runs' seconds best."""
-    precision = PRECISIONS[dtype]
+def unfitted(found: dict[str, float]) -> Efficiency:
+    """What the kernels reach, and nothing besides."""
+    return Efficiency(
+        1, found["vision"] / found["matmul"], 1, 1, half_rows=found["half_rows"], origin="bench/cost_check.py"
+    )
+
+
+def fit(runs: list[dict[str, Any]], shape: Shape, device: Device, start: Efficiency) -> Efficiency:
+    """The seconds besides the kernels' that explain the runs best."""
     rows, wanted = [], []
-    for point, found in runs:
-        base = simulated(found, point, StepCost(shape, precision, device, UNIT))
+    for one in runs:
+        found, point, precision = one["found"], Point(**one["point"]), PRECISIONS[one["dtype"]]
+        base = simulated(found, point, StepCost(shape, precision, device, start))
         row = []
-        for knob in KNOBS:
-            by = 1e-3 if knob.endswith("_s") else 1.0
-            value = by if knob.endswith("_s") else 2.0
-            more = simulated(found, point, StepCost(shape, precision, device, turned(UNIT, knob, value)))
-            row.append((more - base) / by)
-        rows.append([x / found["seconds"] for x in row])
-        wanted.append(1.0)
-    a, free = np.array(rows), list(range(len(KNOBS)))
+        for knob, by in zip(KNOBS, STEPS, strict=True):
+            more = simulated(found, point, StepCost(shape, precision, device, replace(start, **{knob: by})))
+            row.append((more - base) / by / found["seconds"])
+        rows.append(row)
+        wanted.append(1 - base / found["seconds"])
+    a, free = np.array(rows) * STEPS, list(range(len(KNOBS)))
     while True:  # least squares, leaving out what would be negative
         solution = np.linalg.lstsq(a[:, free], np.array(wanted), rcond=None)[0]
-        lowest = 2 / 3  # no share above the 1.5 that an efficiency may be
-        bad = [i for i, x in zip(free, solution, strict=True) if x < 0]
-        if not bad:
+        if not len(free) or min(solution) >= 0:
             break
-        free.remove(min(bad, key=lambda i: solution[free.index(i)]))
-    values = dict.fromkeys(KNOBS, 0.0) | {KNOBS[i]: float(x) for i, x in zip(free, solution, strict=True)}
-    efficiency = replace(UNIT, origin=f"fitted to {len(runs)} runs")
-    for knob, value in values.items():
-        efficiency = turned(efficiency, knob, value if knob.endswith("_s") else max(value, lowest))
-    return efficiency
+        free.pop(int(np.argmin(solution)))
+    return replace(start, **{KNOBS[i]: float(x) * STEPS[i] for i, x in zip(free, solution, strict=True)})
+
+
+def measure(models: dict[str, str], dtypes: list[str], scale: float) -> dict[str, Any]:
+    """Every run, and the kernels' rates."""
+    result: dict[str, Any] = {"kernels": {}, "runs": []}
+    for name, folder in models.items():
+        result["kernels"][name] = {}
+        for dtype in dtypes:
+            points = [("calibration", p) for p in CALIBRATION if dtype == "float32"]
+            points += [("unseen", p) for p in UNSEEN]
+            for use, full in points:
+                point = replace(full, pages=max(int(full.pages * scale * (1 if name == "tiny" else 0.4)), 2))
+                with Engine.from_pretrained(
+                    folder, dtype=dtype, num_threads=1, max_num_seqs=point.concurrency, prepare_threads=1,
+                    kv_cache_bytes=1 << 29,
+                ) as engine:  # fmt: skip
+                    if dtype not in result["kernels"][name]:
+                        result["kernels"][name][dtype] = measure_kernels(engine, getattr(torch, dtype))
+                        print(name, dtype, result["kernels"][name][dtype], flush=True)
+                    run(engine, replace(point, pages=1, output=4), first=1000)
+                    found = run(engine, point)
+                one = {"model": name, "dtype": dtype, "use": use, "point": asdict(point), "found": found}
+                result["runs"].append(one)
+                print(f"{name} {dtype}: {point}: {found['seconds']:.2f} s", flush=True)
+    return result
 
 
 def check(
-    name: str, folder: str, dtypes: list[str], devices: dict[str, Device], scale: float
-) -> tuple[list[dict[str, Any]], Efficiency]:
-    """Calibrate in float32, then predict what was not seen, in every dtype."""
-    shape, rows, efficiency = Shape(find_shape(folder)), [], UNIT
-    for dtype in dtypes:
-        runs: list[tuple[str, Point, dict[str, Any]]] = []
-        points = [("calibration", p) for p in CALIBRATION if dtype == "float32"] + [
-            ("unseen", p) for p in UNSEEN
-        ]
-        for use, full in points:
-            point = replace(full, pages=max(int(full.pages * scale), 2))
-            with Engine.from_pretrained(
-                folder, dtype=dtype, num_threads=1, max_num_seqs=point.concurrency, prepare_threads=1,
-                kv_cache_bytes=1 << 29,
-            ) as engine:  # fmt: skip
-                run(engine, replace(point, pages=1, output=4), first=1000)
-                runs.append((use, point, run(engine, point)))
-            print(f"{name} {dtype}: {point}: {runs[-1][2]['seconds']:.2f} s", flush=True)
-        if dtype == "float32":
-            efficiency = fit(
-                [(p, f) for use, p, f in runs if use == "calibration"], shape, dtype, devices[dtype]
-            )
-            print(efficiency, flush=True)
-        cost = StepCost(shape, PRECISIONS[dtype], devices[dtype], efficiency)
-        for use, point, found in runs:
+    shapes: dict[str, Shape], data: dict[str, Any]
+) -> tuple[list[dict[str, Any]], dict[str, Efficiency]]:
+    """Fit each model in float32, then predict what was not seen, in every dtype."""
+    rows, fitted = [], {}
+    for name, rates in data["kernels"].items():
+        shape, device = shapes[name], device_of(rates)
+        runs = [one for one in data["runs"] if one["model"] == name]
+        seen = [one for one in runs if one["use"] == "calibration"]
+        fitted[name] = fit(seen, shape, device, unfitted(rates["float32"]))
+        print(name, fitted[name])
+        for one in runs:
+            found, point, dtype = one["found"], Point(**one["point"]), one["dtype"]
+            of_dtype = rates[dtype]
+            own = unfitted(of_dtype)
+            efficiency = replace(fitted[name], vision=own.vision, half_rows=own.half_rows)
+            there = replace(device, bandwidth=of_dtype["bandwidth"])
+            cost = StepCost(shape, PRECISIONS[dtype], there, efficiency)
             guess = simulated(found, point, cost)
             steady = predict(cost, workload_of(found).stats, point.concurrency)
+            closed = point.pages / steady.pages_per_s
             rows.append(
-                {
-                    "model": name,
-                    "dtype": dtype,
-                    "use": use,
+                {key: one[key] for key in ("model", "dtype", "use")}
+                | {
                     "point": str(point),
                     "pages": point.pages,
                     "measured_s": found["seconds"],
@@ -227,16 +271,15 @@ def check(
                     "steps": found["steps"],
                     "simulated_s": guess,
                     "simulator_error": guess / found["seconds"] - 1,
-                    "closed_form_s": point.pages / steady.pages_per_s,
-                    "closed_form_error": point.pages / steady.pages_per_s / found["seconds"] - 1,
+                    "closed_form_s": closed,
+                    "closed_form_error": closed / found["seconds"] - 1,
                 }
             )
             print(
-                f"{use:12} {point}: {found['seconds']:.2f} s, simulator {100 * rows[-1]['simulator_error']:+.0f} %, "
-                f"closed form {100 * rows[-1]['closed_form_error']:+.0f} %",
-                flush=True,
+                f"{name} {dtype} {one['use']:12} {point}: {found['seconds']:.2f} s, simulator "
+                f"{100 * rows[-1]['simulator_error']:+.0f} %, closed form {100 * rows[-1]['closed_form_error']:+.0f} %"
             )
-    return rows, efficiency
+    return rows, fitted
 
 
 def main() -> None:
@@ -246,49 +289,36 @@ def main() -> None:
     parser.add_argument("--dtypes", default="float32,bfloat16")
     parser.add_argument("--models", default="tiny,mid")
     parser.add_argument("--scale", type=float, default=1.0, help="share of the pages")
-    parser.add_argument("--write", action="store_true", help="write bench/results/cost_check.json")
+    parser.add_argument("--again", action="store_true", help="measure nothing, take what was measured last")
+    parser.add_argument(
+        "--write", action="store_true", help="write bench/results/cost.md, cost_check.json, machine.json"
+    )
     args = parser.parse_args()
-    about = environment.describe("numpy")
-    environment.show(about)
+    folder = Path(__file__).parent / "results"
     kernels.set_num_threads(1)
     torch.set_num_threads(1)
-    dtypes, devices = args.dtypes.split(","), {}
-    for dtype in dtypes:
-        flops, bandwidth = measure_device(getattr(torch, dtype))
-        rates = {dtype: flops}
-        devices[dtype] = measured(
-            "this-machine", flops=rates, bandwidth=bandwidth, memory=8e9, source="bench/cost_check.py"
-        )
-        print(f"{dtype}: {flops / 1e9:.1f} Gflop/s, {bandwidth / 1e9:.1f} GB/s, one thread")
-    rows: list[dict[str, Any]] = []
-    fitted: dict[str, Efficiency] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        for name in args.models.split(","):
-            where = "pagemill-tiny"
-            if name == "mid":
-                where = str(write_checkpoint(Path(folder), MID_TEXT, MID_VISION, dtype=torch.float32))
-            found, efficiency = check(
-                name, where, dtypes, devices, args.scale if name == "tiny" else args.scale / 2
-            )
-            rows += found
-            fitted[name] = efficiency
+    with tempfile.TemporaryDirectory() as made:
+        mid = str(write_checkpoint(Path(made), MID_TEXT, MID_VISION, dtype=torch.float32))
+        known = {"tiny": "pagemill-tiny", "mid": mid}
+        if args.again:
+            data = json.loads((folder / "cost_check.json").read_text())
+        else:
+            models = {name: known[name] for name in args.models.split(",")}
+            about = environment.describe("numpy")
+            data = {"environment": about, **measure(models, args.dtypes.split(","), args.scale)}
+        shapes = {name: Shape(find_shape(known[name])) for name in data["kernels"]}
+    environment.show(data["environment"])
+    rows, fitted = check(shapes, data)
     print("\n".join(summary(rows)))
     if args.write:
-        folder_ = Path(__file__).parent / "results"
-        result = {
-            "environment": about,
-            "devices": {d: {"flops": dict(v.flops), "bandwidth": v.bandwidth} for d, v in devices.items()},
+        data |= {
             "efficiency": {name: asdict(efficiency) for name, efficiency in fitted.items()},
             "rows": rows,
         }
-        (folder_ / "cost_check.json").write_text(json.dumps(result, indent=1))
-        rates = {d: v.flops[d] for d, v in devices.items()}
-        save_machine(
-            str(folder_ / "machine.json"),
-            replace(devices["float32"], flops=rates),
-            next(iter(fitted.values())),
-        )
-        (folder_ / "cost.md").write_text("\n".join(report(about, devices, fitted, rows)) + "\n")
+        (folder / "cost_check.json").write_text(json.dumps(data, indent=1))
+        name = next(iter(fitted))
+        save_machine(str(folder / "machine.json"), device_of(data["kernels"][name]), fitted[name])
+        (folder / "cost.md").write_text("\n".join(report(data, fitted, rows)) + "\n")
 
 
 def summary(rows: list[dict[str, Any]]) -> list[str]:
@@ -302,15 +332,10 @@ def summary(rows: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def report(
-    about: dict[str, str],
-    devices: dict[str, Device],
-    fitted: dict[str, Efficiency],
-    rows: list[dict[str, Any]],
-) -> list[str]:
+def report(data: dict[str, Any], fitted: dict[str, Efficiency], rows: list[dict[str, Any]]) -> list[str]:
     """The results page."""
     lines = ["# The cost model and the simulator, checked", ""]
-    lines += [f"{name}: {value}  " for name, value in about.items()]
+    lines += [f"{name}: {value}  " for name, value in data["environment"].items()]
     lines += [
         "",
         "## Against this machine",
@@ -320,13 +345,16 @@ def report(
         "beginning and no end of a batch, which is much of runs this short.",
         "",
     ]
-    for dtype, device in devices.items():
-        lines.append(f"- {dtype}: {device.flops[dtype] / 1e9:.0f} Gflop/s, {device.bandwidth / 1e9:.1f} GB/s")
     for name, e in fitted.items():
+        for dtype, k in data["kernels"][name].items():
+            lines.append(
+                f"- {name}, {dtype}: matrix products {k['matmul'] / 1e9:.0f} Gflop/s in the decoder, {k['vision'] / 1e9:.0f} in "
+                f"the tower; attention {k['attention'] / 1e9:.0f} Gflop/s; weights read at {k['bandwidth'] / 1e9:.0f} GB/s; "
+                f"half of the rate at {k['half_rows']:.0f} rows"
+            )
         lines.append(
-            f"- {name}: matrix products {e.matmul:.2f} of that, vision tower {e.vision:.2f}, attention {e.attention:.2f}; "
-            f"a step {1e3 * e.step_s:.2f} ms, a row {1e3 * e.row_s:.3f} ms, an image {1e3 * e.image_s:.1f} ms, "
-            f"preparing a page {1e3 * e.prepare_s:.1f} ms"
+            f"- {name}, fitted: {1e9 * e.activation_s:.2f} ns for a byte between the matrix products, {1e3 * e.step_s:.2f} ms "
+            f"a step, {1e3 * e.row_s:.3f} ms a row, {1e3 * e.image_s:.1f} ms an image, {1e3 * e.prepare_s:.1f} ms to prepare one"
         )
     lines += ["", *summary(rows), ""]
     lines += [

@@ -6,7 +6,8 @@
 
 Shapes are those of Qwen2.5-VL-3B and of pagemill-tiny, at one decoding sequence, a batch of 16, and a prefill chunk. An op's
 limit is the longer of its arithmetic at the peak of torch's matrix product (of its dtype) and its bytes, each moved once, at the
-bandwidth of a streaming sum; both are measured in the same run. The fraction is the limit over the fastest round: above 1 an op
+bandwidth of a streaming sum. Both are measured before and after every op; the best of the whole run is the limit, and how far the
+two stayed behind it around an op tells how disturbed that op was. The fraction is the limit over the fastest round: above 1 an op
 works out of the caches. `-k` picks (`-k "linear and 3b"`, `-k native-avx512`), PAGEMILL_BENCH_THREADS sets the threads.
 """
 
@@ -88,8 +89,7 @@ _ROWS = (1, 16, 256)
 # The limits of this machine.
 
 
-def _best(run: Callable[[], object], device: str, rounds: int) -> float:
-    run()
+def _best(run: Callable[[], object], device: str, rounds: int = 3) -> float:
     seconds = []
     for _ in range(rounds):
         started = time.perf_counter()
@@ -105,18 +105,26 @@ def _wait(device: str) -> None:
 
 
 @lru_cache
-def peak(dtype: torch.dtype, device: str) -> float:
-    """Operations a second of torch's matrix product, two a multiply-add."""
+def _square(dtype: torch.dtype, device: str) -> Tensor:
     n = 1024 if device == "cpu" else 8192
-    a, b = (torch.randn(n, n).to(device, dtype) for _ in range(2))
-    return 2 * n**3 / _best(lambda: a @ b, device, 20)
+    return torch.randn(n, n).to(device, dtype)
 
 
 @lru_cache
+def _stream(device: str) -> Tensor:
+    return torch.ones(1 << 26, device=device)
+
+
+def peak(dtype: torch.dtype, device: str) -> float:
+    """Operations a second of torch's matrix product just now, two a multiply-add."""
+    a = _square(dtype, device)
+    return 2 * len(a) ** 3 / _best(lambda: a @ a, device)
+
+
 def bandwidth(device: str) -> float:
-    """Bytes a second of a sum over memory that no cache holds."""
-    x = torch.ones(1 << 26, device=device)
-    return x.numel() * x.itemsize / _best(lambda: x.sum(), device, 20)
+    """Bytes a second of a sum over memory that no cache holds, just now."""
+    x = _stream(device)
+    return x.numel() * x.itemsize / _best(lambda: x.sum(), device)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -152,7 +160,7 @@ class Timer:
         if self.benchmark.disabled:  # only to see that it runs
             self.benchmark(call)
             return
-        flops_s, bytes_s = flops / peak(self.dtype, self.device), moved / bandwidth(self.device)
+        before = peak(self.dtype, self.device), bandwidth(self.device)
         call()
         started = time.perf_counter()
         call()
@@ -160,15 +168,13 @@ class Timer:
         calls = max(1, round(_ROUND_S / once))
         rounds = int(min(max(_BUDGET_S / (calls * once), _LEAST_ROUNDS), _MOST_ROUNDS))
         self.benchmark.pedantic(call, rounds=rounds, iterations=calls)
-        limit = max(flops_s, bytes_s)
+        after = peak(self.dtype, self.device), bandwidth(self.device)
         self.benchmark.extra_info.update(
             flops=flops,
             bytes=moved,
-            limit_s=limit,
-            limited_by="arithmetic" if flops_s > bytes_s else "bandwidth",
-            fraction=limit / self.benchmark.stats.stats.min,
-            peak_flops=peak(self.dtype, self.device),
-            bandwidth=bandwidth(self.device),
+            arithmetic=f"{self.dtype} on {self.device}",
+            peak_flops=max(before[0], after[0]),
+            bandwidth=max(before[1], after[1]),
             threads=_native.num_threads(),
         )
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import lru_cache
 from importlib.resources import files
 from typing import Any, TypeVar
@@ -35,6 +35,8 @@ class Device:
     """Bytes for weights, keys and values, and activations."""
     source: str
     watts: float | None = None
+    attention: Mapping[str, float] = field(default_factory=dict)
+    """Operations a second of the attention kernels, where they are known apart."""
     measured: bool = False
     """The rates were measured with the engine's own kernels: they are limits as they can be reached."""
     host: bool = False
@@ -194,7 +196,7 @@ def reference() -> Reference:
 
 
 def _row(kind: type[T], row: Mapping[str, Any]) -> T:
-    return kind(**{field.name: row[field.name] for field in fields(kind) if field.name in row})  # type: ignore[arg-type]
+    return kind(**{f.name: row[f.name] for f in fields(kind) if f.name in row})  # type: ignore[arg-type]
 
 
 def _gpu(row: Mapping[str, Any]) -> Device:
@@ -282,13 +284,17 @@ def measured(
     bandwidth: float,
     memory: float,
     source: str,
+    attention: Mapping[str, float] | None = None,
     host: bool = True,
 ) -> Device:
     """The machine at hand, from measured operations and bytes a second. Raises `ConfigError` for numbers that cannot be."""
-    numbers = {"bandwidth": bandwidth, "memory": memory, **flops}
+    attention = attention or {}
+    numbers = {"bandwidth": bandwidth, "memory": memory, **flops, **attention}
     for name, value in numbers.items():
         if not 0 < value < float("inf"):
             raise ConfigError(f"a measured {name} should be above zero and finite, got {value!r}")
     if not flops:
         raise ConfigError("a measured device needs the rate of at least one arithmetic")
-    return Device(id, id, dict(flops), bandwidth, memory, source, measured=True, host=host)
+    return Device(
+        id, id, dict(flops), bandwidth, memory, source, attention=dict(attention), measured=True, host=host
+    )

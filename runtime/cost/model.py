@@ -81,7 +81,7 @@ class Precision:
     arithmetic: str
     """Which peak rate the decoder's layers run at."""
     vision_bytes: float = 2
-    """Bytes of one weight of the vision tower and of the output layer, which stay unquantised."""
+    """Bytes of one weight of the vision tower and of the output layer, which stay unquantised, and of one activation."""
     vision_arithmetic: str = "bfloat16"
     kv_bytes: float = 2
     """Bytes of one element of the KV cache."""
@@ -152,6 +152,8 @@ class Efficiency:
     """Share of peak bandwidth, reading weights and the KV cache."""
     half_rows: float = 0.0
     """Rows at which a matrix product reaches half of that share."""
+    activation_s: float = 0.0
+    """Seconds for each byte that norms, rotary embedding, gates and sums read or write; 0 counts them among matrix products."""
     step_s: float = 0.0
     """Seconds a step: launches, scheduling, what happens whatever the batch."""
     row_s: float = 0.0
@@ -168,7 +170,7 @@ class Efficiency:
                 raise ConfigError(
                     f"the {name} efficiency should be a share above 0, got {getattr(self, name)!r}"
                 )
-        for name in ("half_rows", "step_s", "row_s", "image_s", "prepare_s"):
+        for name in ("half_rows", "activation_s", "step_s", "row_s", "image_s", "prepare_s"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ConfigError(
                     f"the {name} of an efficiency should be at least 0, got {getattr(self, name)!r}"
@@ -229,6 +231,12 @@ class Shape:
         """Numbers in the KV cache a token."""
         self.attention_flops = 4 * text.num_layers * text.hidden_size
         """Operations for one query and one key, all heads and layers."""
+        self.activations = text.num_layers * (
+            10 * text.hidden_size + 4 * kv_width + 3 * text.intermediate_size
+        )
+        """Numbers that norms, rotary embedding, gates and sums read or write for one token of the decoder."""
+        self.vision_activations = vision.depth * (12 * vision.hidden_size + 3 * vision.intermediate_size)
+        """Likewise for one patch of the tower."""
 
     @property
     def params(self) -> int:
@@ -291,17 +299,24 @@ class StepCost:
         self._layer_read_s = precision.weight_bytes * shape.layer_params / bandwidth
         self._head_s = 2 * shape.head_params / (vision_rate * e.matmul)
         self._head_read_s = precision.vision_bytes * shape.head_params / bandwidth
+        self._activation_s = precision.vision_bytes * e.activation_s
         self._vision_rate = vision_rate * e.vision
         self._vision_read_s = precision.vision_bytes * (shape.vision_params + shape.merger_params) / bandwidth
-        self._attention_rate = vision_rate * e.attention
+        attention_rate = device.attention.get(precision.vision_arithmetic, vision_rate)
+        self._attention_rate = attention_rate * e.attention
         self._kv_read_s = shape.kv_bytes(precision) / bandwidth
         self.context_s = max(shape.attention_flops / self._attention_rate, self._kv_read_s)
         """Seconds for each token of context that a decoding row attends to."""
 
     def matmul_s(self, rows: float, wanting: float) -> float:
-        """Matrix products of the decoder: `rows` tokens through its layers, `wanting` of them through the output layer."""
+        """Matrix products of the decoder and what lies between them.
+
+        `rows` tokens go through its layers, `wanting` of them through the output layer.
+        """
         half = self.efficiency.half_rows
-        seconds = max((rows + half) * self._layer_s, self._layer_read_s) if rows else 0.0
+        seconds = rows * self.shape.activations * self._activation_s
+        if rows:
+            seconds += max((rows + half) * self._layer_s, self._layer_read_s)
         return seconds + (max((wanting + half) * self._head_s, self._head_read_s) if wanting else 0.0)
 
     def chunk_s(self, start: float, count: float) -> float:
@@ -317,7 +332,8 @@ class StepCost:
             return 0.0
         matmul = sum(map(self.shape.vision_flops, images)) / self._vision_rate
         attention = sum(map(self.shape.vision_attention_flops, images)) / self._attention_rate
-        return max(matmul, self._vision_read_s) + attention + len(images) * self.efficiency.image_s
+        between = sum(images) * self.shape.unit * self.shape.vision_activations * self._activation_s
+        return max(matmul, self._vision_read_s) + between + attention + len(images) * self.efficiency.image_s
 
     @property
     def prepare_s(self) -> float:

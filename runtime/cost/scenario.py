@@ -197,7 +197,7 @@ def find_machine(id: str, efficiency: Efficiency = GPU_EFFICIENCY) -> tuple[Devi
 
 def save_machine(path: str, device: Device, efficiency: Efficiency) -> None:
     """Write a measured machine for `find_machine`."""
-    names = ("id", "flops", "bandwidth", "memory", "source", "host")
+    names = ("id", "flops", "attention", "bandwidth", "memory", "source", "host")
     found = {name: value for name, value in asdict(device).items() if name in names}
     with open(path, "w", encoding="utf-8") as file:
         json.dump(

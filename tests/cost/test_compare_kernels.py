@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 
-def write(path, ops, limit=1.0):
+def write(path, ops, limit=1.0, disturbed=1.0):
     rows = [
         {
             "name": name,
@@ -21,7 +21,12 @@ def write(path, ops, limit=1.0):
                 "q1": median * (1 - spread),
                 "q3": median * (1 + spread),
             },
-            "extra_info": {"limit_s": limit, "limited_by": "bandwidth", "fraction": limit / median},
+            "extra_info": {
+                "limit_s": limit,
+                "limited_by": "bandwidth",
+                "fraction": limit / median,
+                "disturbed": disturbed,
+            },
         }
         for name, (median, spread) in ops.items()
     ]
@@ -63,6 +68,16 @@ def test_seconds_can_be_compared_as_they_are(tmp_path, monkeypatch, capsys):
     new = write(tmp_path / "new.json", {"a": (1.5, 0.01)}, limit=1.5)
     assert run(monkeypatch, capsys, old, new)[0] == 0
     assert run(monkeypatch, capsys, old, new, "--absolute")[0] == 1
+
+
+def test_what_the_machine_did_is_no_news(tmp_path, monkeypatch, capsys):
+    old = write(tmp_path / "old.json", {"a": (1.0, 0.01)})
+    assert (
+        run(monkeypatch, capsys, old, write(tmp_path / "b.json", {"a": (1.5, 0.01)}, disturbed=1.5))[0] == 0
+    )
+    assert (
+        run(monkeypatch, capsys, old, write(tmp_path / "c.json", {"a": (1.9, 0.01)}, disturbed=1.5))[0] == 1
+    )
 
 
 @given(st.floats(1e-7, 10), st.floats(1e-7, 10), st.floats(0, 0.9), st.floats(0, 1))
