@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from contextlib import nullcontext
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -815,10 +816,12 @@ class TestCommandLine:
     def cli(self, engine, monkeypatch):
         from pagemill import cli
 
+        commands = import_module("pagemill.cli.read")
+
         class Lent(nullcontext):
             read = staticmethod(engine.read)
 
-        monkeypatch.setattr(cli, "_load", lambda *_, **__: Lent(engine))
+        monkeypatch.setattr(commands, "load_engine", lambda *_, **__: Lent(engine))
         return lambda *arguments: CliRunner().invoke(cli.app, list(map(str, arguments)))
 
     def test_guidance_that_is_none_leaves_the_old_output(self, cli, tmp_path):

@@ -212,7 +212,8 @@ class Outcome:
     occupancy: float
     """Running pages as a share of `max_num_seqs`, mean over busy time."""
     kv_use: dict[str, float]
-    """Share of the KV cache's tokens in use, mean over busy time, and peak."""
+    """Tokens of running pages as a share of the KV cache's, mean over busy time, and peak; a token of a shared prefix counts for
+    every page that has it."""
     preemptions: int
     prompt_tokens: int
     waste_tokens: dict[str, int]
