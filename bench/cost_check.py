@@ -293,6 +293,9 @@ def main() -> None:
     parser.add_argument(
         "--write", action="store_true", help="write bench/results/cost.md, cost_check.json, machine.json"
     )
+    parser.add_argument(
+        "--million", action="store_true", help="time the simulator over a million pages, too: minutes"
+    )
     args = parser.parse_args()
     folder = Path(__file__).parent / "results"
     kernels.set_num_threads(1)
@@ -310,6 +313,9 @@ def main() -> None:
     environment.show(data["environment"])
     rows, fitted = check(shapes, data)
     print("\n".join(summary(rows)))
+    if args.million:
+        data["million"] = million()
+        print(data["million"])
     if args.write:
         data |= {
             "efficiency": {name: asdict(efficiency) for name, efficiency in fitted.items()},
@@ -321,13 +327,32 @@ def main() -> None:
         (folder / "cost.md").write_text("\n".join(report(data, fitted, rows)) + "\n")
 
 
+def million() -> dict[str, float]:
+    """The simulator's own speed: a million pages of the 3B on an H100, 256 at a time."""
+    cost = StepCost(Shape(SHAPES["3b"]), PRECISIONS["bfloat16"], find_device("h100-sxm"))
+    workload = Workload(1_000_000, degeneration=Degeneration(0.002, "rescue"))
+    start = time.process_time()
+    outcome = simulate(workload, Settings(256), cost)
+    spent = time.process_time() - start
+    return {
+        "processor_s": spent,
+        "simulated_s": outcome.seconds,
+        "steps": outcome.steps,
+        "planned_steps": outcome.planned_steps,
+        "output_tokens": int(outcome.output.sum()),
+        "pages_per_s": outcome.pages_per_s,
+        "closed_form_pages_per_s": predict(cost, workload.stats, 256).pages_per_s,
+    }
+
+
 def summary(rows: list[dict[str, Any]]) -> list[str]:
     lines = []
     for key, what in (("simulator_error", "simulator"), ("closed_form_error", "closed form")):
         errors = [abs(row[key]) for row in rows if row["use"] == "unseen"]
-        worst, middle = 100 * max(errors), 100 * statistics.median(errors)
+        near = sum(error <= 0.15 for error in errors)
         lines.append(
-            f"{what}, {len(errors)} unseen runs: median error {middle:.1f} %, largest {worst:.1f} %.  "
+            f"{what}, {len(errors)} unseen runs: {near} within 15 %, median error {100 * statistics.median(errors):.1f} %, "
+            f"largest {100 * max(errors):.1f} %.  "
         )
     return lines
 
@@ -342,7 +367,9 @@ def report(data: dict[str, Any], fitted: dict[str, Efficiency], rows: list[dict[
         "",
         "Processor seconds on one thread, pages and all. `bench/cost_check.py` says how; calibrated in float32 on the",
         "runs so marked, for each model. `mid` has random weights. The closed form is steady state: it knows of no",
-        "beginning and no end of a batch, which is much of runs this short.",
+        "beginning and no end of a batch, which is much of runs this short. That what lies between the matrix products counts",
+        "by bytes, and not by numbers, was decided on an earlier series of runs (22 of 24 within 15 %, the largest error 21 %);",
+        "the unseen runs below were measured after that, at other sizes. The fitted numbers hold for their own model alone.",
         "",
     ]
     for name, e in fitted.items():
@@ -379,6 +406,16 @@ def report(data: dict[str, Any], fitted: dict[str, Efficiency], rows: list[dict[
             f"| {c.row.system}, {c.row.engine} | {c.row.gpu} | {c.row.pages_per_s} | {numbers} | {c.note} |"
         )
     lines += ["", *loops()]
+    if m := data.get("million"):
+        lines += [
+            "",
+            "## The simulator's own speed",
+            "",
+            f"A million pages of the 3B on an H100, 256 at a time, 1,518 image and 700 output tokens, 0.2 % looping, rescued: "
+            f"{m['processor_s'] / 60:.1f} minutes of one core for {m['steps'] / 1e6:.1f} M steps and "
+            f"{m['output_tokens'] / 1e6:.0f} M tokens; the scheduler planned {m['planned_steps'] / 1e6:.2f} M of the steps. "
+            f"{m['pages_per_s']:.2f} pages/s, the closed form says {m['closed_form_pages_per_s']:.2f}.",
+        ]
     return lines
 
 
