@@ -66,6 +66,22 @@ def not_nan(value: float | None) -> float | None:
     return value
 
 
+MaxNewTokensOption = Annotated[
+    int | None, typer.Option("--max-new-tokens", min=1, metavar="N", help="Longest answer for a page.")
+]
+KvCacheOption = Annotated[
+    float | None,
+    typer.Option(
+        "--kv-cache-gb",
+        min=0,
+        max=1e6,
+        callback=not_nan,
+        metavar="X",
+        help="Memory for the KV cache, in GB.",
+    ),
+]
+
+
 def resolution_word(value: str) -> str:
     """Check what --resolution says."""
     if value not in ("auto", "full") and not (value.isdecimal() and 28 <= int(value) <= 20000):

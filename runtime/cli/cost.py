@@ -15,6 +15,8 @@ from pagemill.cli.common import (
     DebugOption,
     DeviceOption,
     DTypeOption,
+    KvCacheOption,
+    MaxNewTokensOption,
     ModelOption,
     app,
     make_engine,
@@ -86,20 +88,8 @@ def bench(
             "--resolution", callback=resolution_word, metavar="auto|full|N", help="As in `pagemill read`."
         ),
     ] = "auto",
-    max_new_tokens: Annotated[
-        int | None, typer.Option("--max-new-tokens", min=1, metavar="N", help="Longest answer for a page.")
-    ] = None,
-    kv_cache_gb: Annotated[
-        float | None,
-        typer.Option(
-            "--kv-cache-gb",
-            min=0,
-            max=1e6,
-            callback=not_nan,
-            metavar="X",
-            help="Memory for the KV cache, in GB.",
-        ),
-    ] = None,
+    max_new_tokens: MaxNewTokensOption = None,
+    kv_cache_gb: KvCacheOption = None,
     threads: Annotated[
         int | None, typer.Option("--threads", min=1, max=4096, metavar="N", help="Threads of the kernels.")
     ] = None,
@@ -227,9 +217,7 @@ def compare(
             help="For pagemill's engines: bits per character of the truth, given the page (nothing is generated).",
         ),
     ] = False,
-    max_new_tokens: Annotated[
-        int | None, typer.Option("--max-new-tokens", min=1, metavar="N", help="Longest answer for a page.")
-    ] = None,
+    max_new_tokens: MaxNewTokensOption = None,
     concurrency: Annotated[
         int | None,
         typer.Option(

@@ -19,6 +19,8 @@ from pagemill.cli.common import (
     DebugOption,
     DeviceOption,
     DTypeOption,
+    KvCacheOption,
+    MaxNewTokensOption,
     ModelOption,
     app,
     load_engine,
@@ -62,9 +64,7 @@ def read(
         ),
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT.")] = False,
-    max_new_tokens: Annotated[
-        int | None, typer.Option("--max-new-tokens", min=1, metavar="N", help="Longest answer for a page.")
-    ] = None,
+    max_new_tokens: MaxNewTokensOption = None,
     dpi: Annotated[
         float | None,
         typer.Option(
@@ -116,17 +116,7 @@ def read(
         int | None,
         typer.Option("--concurrency", min=1, max=4096, metavar="N", help="Pages in the model at a time."),
     ] = None,
-    kv_cache_gb: Annotated[
-        float | None,
-        typer.Option(
-            "--kv-cache-gb",
-            min=0,
-            max=1e6,
-            callback=not_nan,
-            metavar="X",
-            help="Memory for the KV cache, in GB.",
-        ),
-    ] = None,
+    kv_cache_gb: KvCacheOption = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no summary.")] = False,
     debug: DebugOption = False,
 ) -> None:
