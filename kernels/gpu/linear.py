@@ -1,0 +1,405 @@
+"""Matrix products in Triton: y = x W^T in bfloat16, int8, float8 or with 4-bit weights, with what follows fused.
+
+x `[M, K]`, W `[N, K]`. Forms of W, each a `GpuWeight` made once by `pack_*`:
+
+- plain: the compute dtype.
+- int8, fp8 (float8_e4m3fn): one float32 scale an output feature; x is quantised a token at a time (`quantize`).
+- int4: groups of 32, 64 or 128 inputs with a scale and a zero point, w = (q - zero) * scale (as AWQ and GPTQ). Byte j of a group
+  holds input j in its low nibble and input group / 2 + j in its high one, so that a run of 16 bytes is one load and
+  its nibbles are columns of two products. A nibble becomes a bfloat16 by putting it into the mantissa of 128 (after Kim et
+  al., 2022, arXiv 2211.10017), and the scale is applied to each group's sum, not to the weights, which stay exact.
+
+Rows of W are padded with zeros to whole 16-byte runs, K to a multiple of 64, so that every load is 16 bytes wide.
+For few rows the inputs are cut among programs too (split-K); partial sums are added in a fixed order by `_finish`, not
+atomically, so that a result does not change from run to run.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+__all__ = ["GpuWeight", "MatmulTile", "linear", "pack_int4", "pack_plain", "pack_scaled", "quantize"]
+
+_ALIGN = 64
+Form = Literal["plain", "int8", "fp8", "int4"]
+
+
+@dataclass(frozen=True)
+class GpuWeight:
+    """A packed weight. `gated`: two matrices of `out_features` rows, gate and up, one after the other."""
+
+    form: Form
+    weight: Tensor
+    """plain `[N, Kp]`, int8 and float8 `[N, Kp]`, int4 uint8 `[N, Kp / 2]`; Kp is K rounded up to 64, N twice if gated."""
+    scales: Tensor | None
+    """float32 `[N]`, or of the compute dtype `[Kp / group, N]` for int4."""
+    zeros: Tensor | None
+    """uint8 `[Kp / group, N]` for int4."""
+    bias: Tensor | None
+    out_features: int
+    in_features: int
+    group: int
+    gated: bool
+
+
+@dataclass(frozen=True)
+class MatmulTile:
+    """How a product is launched. Rows of x, features and inputs of a tile, split-K, warps, pipeline stages."""
+
+    rows: int
+    features: int
+    inputs: int
+    splits: int
+    warps: int
+    stages: int
+
+
+@triton.jit
+def _place(M, N, TILE_M: tl.constexpr, TILE_N: tl.constexpr, BAND: tl.constexpr):
+    """Row and column of this program's tile: bands of BAND tile rows, so that what they read stays in the L2 cache."""
+    tiles_m, tiles_n = tl.cdiv(M, TILE_M), tl.cdiv(N, TILE_N)
+    tile = tl.program_id(0)
+    band = tile // (BAND * tiles_n)
+    height = tl.minimum(tiles_m - band * BAND, BAND)
+    inside = tile % (BAND * tiles_n)
+    return band * BAND + inside % height, inside // height
+
+
+@triton.jit
+def _finish_tile(
+    acc, up, x_scale, w_scale, bias, residual, out, m, n, M, N, out_row,
+    GATED: tl.constexpr, SCALED: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
+):  # fmt: skip
+    """Scales, bias, SwiGLU and residual of sums `[TILE_M, TILE_N]`, and the store."""
+    there = n < N
+    y = acc.to(tl.float32)
+    if SCALED:
+        row_scale = tl.load(x_scale + m, mask=m < M, other=0.0)[:, None]
+        y *= row_scale * tl.load(w_scale + n, mask=there, other=0.0)[None, :]
+    if BIAS:
+        y += tl.load(bias + n, mask=there, other=0.0).to(tl.float32)[None, :]
+    if GATED:
+        u = up.to(tl.float32)
+        if SCALED:
+            u *= row_scale * tl.load(w_scale + N + n, mask=there, other=0.0)[None, :]
+        if BIAS:
+            u += tl.load(bias + N + n, mask=there, other=0.0).to(tl.float32)[None, :]
+        y = y / (1 + tl.exp(-y)) * u
+    at = m.to(tl.int64)[:, None] * out_row + n[None, :]
+    mask = (m[:, None] < M) & there[None, :]
+    if RESIDUAL:
+        y += tl.load(residual + at, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out + at, y.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _keep_partial(acc, up, partial, split, m, n, M, N, GATED: tl.constexpr):
+    """Sums of one range of K: `partial [splits, 1 or 2, M, N]`."""
+    parts: tl.constexpr = 2 if GATED else 1
+    at = (split * parts * M + m[:, None]) * N + n[None, :]
+    mask = (m[:, None] < M) & (n[None, :] < N)
+    tl.store(partial + at, acc, mask=mask)
+    if GATED:
+        tl.store(partial + at + M * N, up, mask=mask)
+
+
+@triton.jit
+def matmul_kernel(
+    x, w, x_scale, w_scale, bias, residual, out, partial, M, N, K, x_row, w_row, out_row, k_per_split,
+    TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr, BAND: tl.constexpr, GATED: tl.constexpr,
+    SCALED: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, SPLIT: tl.constexpr, INTEGER: tl.constexpr,
+    TAIL: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """plain, int8 and fp8. TAIL: K is no multiple of TILE_K; the last tile masks x, the padding of w is zero."""
+    tile_m, tile_n = _place(M, N, TILE_M, TILE_N, BAND)
+    m = tile_m * TILE_M + tl.arange(0, TILE_M)
+    n = tile_n * TILE_N + tl.arange(0, TILE_N)
+    k = tl.arange(0, TILE_K)
+    x_at = x + (m.to(tl.int64) * x_row)[:, None] + k[None, :]
+    w_at = w + (n.to(tl.int64) * w_row)[None, :] + k[:, None]
+    up_at = w_at + N.to(tl.int64) * w_row
+    rows, features = (m < M)[:, None], (n < N)[None, :]
+    kind: tl.constexpr = tl.int32 if INTEGER else tl.float32
+    acc = tl.zeros((TILE_M, TILE_N), kind)
+    up = acc
+    if GATED:
+        up = tl.zeros((TILE_M, TILE_N), kind)
+    first, last = 0, K
+    if SPLIT:
+        first = tl.program_id(1) * k_per_split
+        last = tl.minimum(K, first + k_per_split)
+    whole = last // TILE_K * TILE_K if TAIL else last
+    for at in tl.range(first, whole, TILE_K):
+        a = tl.load(x_at + at, mask=rows, other=0.0)
+        acc = tl.dot(a, tl.load(w_at + at, mask=features, other=0.0), acc, input_precision=PRECISION, out_dtype=kind)
+        if GATED:
+            up = tl.dot(a, tl.load(up_at + at, mask=features, other=0.0), up, input_precision=PRECISION, out_dtype=kind)
+    if TAIL:
+        if whole < last:
+            a = tl.load(x_at + whole, mask=rows & (whole + k < K)[None, :], other=0.0)
+            there = features & (whole + k < w_row)[:, None]
+            acc = tl.dot(a, tl.load(w_at + whole, mask=there, other=0.0), acc, input_precision=PRECISION, out_dtype=kind)
+            if GATED:
+                b = tl.load(up_at + whole, mask=there, other=0.0)
+                up = tl.dot(a, b, up, input_precision=PRECISION, out_dtype=kind)
+    if SPLIT:
+        _keep_partial(acc, up, partial, tl.program_id(1), m, n, M, N, GATED)
+    else:
+        _finish_tile(
+            acc, up, x_scale, w_scale, bias, residual, out, m, n, M, N, out_row, GATED, SCALED, BIAS, RESIDUAL,
+        )  # fmt: skip
+
+
+@triton.jit
+def _nibbles(packed, minus_zero, ASSEMBLY: tl.constexpr):
+    """Bytes `[TILE_N, group / 2]` to the bfloat16 (q - zero) of their low and high nibbles, exactly.
+
+    `minus_zero` is -(128 + zero). Four bytes at a time: prmt puts each nibble under the high byte of 128.0.
+    """
+    if ASSEMBLY:
+        low, high = tl.inline_asm_elementwise(
+            """{
+            .reg .b32 l, h, a, b, c, d, one;
+            mov.b32 one, 0x3f803f80;
+            and.b32 l, $4, 0x0f0f0f0f;
+            shr.u32 h, $4, 4;
+            and.b32 h, h, 0x0f0f0f0f;
+            prmt.b32 a, l, 0x43434343, 0x4140;
+            prmt.b32 b, l, 0x43434343, 0x4342;
+            prmt.b32 c, h, 0x43434343, 0x4140;
+            prmt.b32 d, h, 0x43434343, 0x4342;
+            fma.rn.bf16x2 $0, a, one, $5;
+            fma.rn.bf16x2 $1, b, one, $6;
+            fma.rn.bf16x2 $2, c, one, $5;
+            fma.rn.bf16x2 $3, d, one, $6;
+            }""",
+            "=r,=r,=r,=r,r,r,r",
+            [packed, minus_zero],
+            dtype=(tl.bfloat16, tl.bfloat16),
+            is_pure=True,
+            pack=4,
+        )
+    else:
+        low = (packed & 15).to(minus_zero.dtype) + 128.0 + minus_zero
+        high = (packed >> 4).to(minus_zero.dtype) + 128.0 + minus_zero
+    return low, high
+
+
+@triton.jit
+def int4_kernel(
+    x, w, scales, zeros, bias, residual, out, partial, M, N, K, x_row, w_row, out_row, k_per_split,
+    TILE_M: tl.constexpr, TILE_N: tl.constexpr, GROUP: tl.constexpr, BAND: tl.constexpr, GATED: tl.constexpr,
+    BIAS: tl.constexpr, RESIDUAL: tl.constexpr, SPLIT: tl.constexpr, TAIL: tl.constexpr, ASSEMBLY: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """4-bit weights. The products are W x^T, so that the weights' registers feed the tensor cores directly."""
+    HALF: tl.constexpr = GROUP // 2
+    tile_m, tile_n = _place(M, N, TILE_M, TILE_N, BAND)
+    m = tile_m * TILE_M + tl.arange(0, TILE_M)
+    n = tile_n * TILE_N + tl.arange(0, TILE_N)
+    k = tl.arange(0, HALF)
+    features: tl.constexpr = 2 if GATED else 1
+    x_at = x + (m.to(tl.int64) * x_row)[None, :] + k[:, None]
+    w_at = w + (n.to(tl.int64) * w_row)[:, None] + k[None, :]
+    rows, there = (m < M)[None, :], n < N
+    acc = tl.zeros((TILE_N, TILE_M), tl.float32)
+    up = acc
+    if GATED:
+        up = tl.zeros((TILE_N, TILE_M), tl.float32)
+    first, last = 0, K
+    if SPLIT:
+        first = tl.program_id(1) * k_per_split
+        last = tl.minimum(K, first + k_per_split)
+    for at in tl.range(first, last, GROUP):
+        if TAIL:
+            a = tl.load(x_at + at, mask=rows & (at + k < K)[:, None], other=0.0)
+            b = tl.load(x_at + at + HALF, mask=rows & (at + HALF + k < K)[:, None], other=0.0)
+        else:
+            a = tl.load(x_at + at, mask=rows, other=0.0)
+            b = tl.load(x_at + at + HALF, mask=rows, other=0.0)
+        of_group = at // GROUP * (N * features) + n
+        packed = tl.load(w_at + at // 2, mask=there[:, None], other=0)
+        zero = tl.load(zeros + of_group, mask=there, other=0).to(x.dtype.element_ty)
+        low, high = _nibbles(packed, (-128.0 - zero)[:, None].to(x.dtype.element_ty), ASSEMBLY)
+        part = tl.dot(low, a, input_precision=PRECISION)
+        part = tl.dot(high, b, part, input_precision=PRECISION)
+        acc += part * tl.load(scales + of_group, mask=there, other=0.0).to(tl.float32)[:, None]
+        if GATED:
+            packed = tl.load(w_at + N.to(tl.int64) * w_row + at // 2, mask=there[:, None], other=0)
+            zero = tl.load(zeros + of_group + N, mask=there, other=0).to(x.dtype.element_ty)
+            low, high = _nibbles(packed, (-128.0 - zero)[:, None].to(x.dtype.element_ty), ASSEMBLY)
+            part = tl.dot(low, a, input_precision=PRECISION)
+            part = tl.dot(high, b, part, input_precision=PRECISION)
+            up += part * tl.load(scales + of_group + N, mask=there, other=0.0).to(tl.float32)[:, None]
+    acc, up = tl.trans(acc), tl.trans(up)
+    if SPLIT:
+        _keep_partial(acc, up, partial, tl.program_id(1), m, n, M, N, GATED)
+    else:
+        _finish_tile(
+            acc, up, bias, bias, bias, residual, out, m, n, M, N, out_row, GATED, False, BIAS, RESIDUAL,
+        )  # fmt: skip
+
+
+@triton.jit
+def finish_kernel(
+    partial, x_scale, w_scale, bias, residual, out, M, N, out_row, splits, TILE_N: tl.constexpr, GATED: tl.constexpr,
+    SCALED: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
+):  # fmt: skip
+    """Add the ranges of K in order and finish: one row and TILE_N features a program."""
+    m = tl.program_id(0) + tl.arange(0, 1)
+    n = tl.program_id(1) * TILE_N + tl.arange(0, TILE_N)
+    parts: tl.constexpr = 2 if GATED else 1
+    acc = tl.zeros((1, TILE_N), partial.dtype.element_ty)
+    up = tl.zeros((1, TILE_N), partial.dtype.element_ty)
+    there = (n < N)[None, :]
+    for split in range(splits):
+        at = partial + (split * parts * M + m[:, None]) * N + n[None, :]
+        acc += tl.load(at, mask=there, other=0)
+        if GATED:
+            up += tl.load(at + M * N, mask=there, other=0)
+    _finish_tile(
+        acc, up, x_scale, w_scale, bias, residual, out, m, n, M, N, out_row, GATED, SCALED, BIAS, RESIDUAL,
+    )  # fmt: skip
+
+
+@triton.jit
+def quantize_kernel(x, out, scale, K, x_row, out_row, LARGEST: tl.constexpr, TILE: tl.constexpr):
+    """One row of x: out = x / scale in int8 or float8, scale = max |x| / LARGEST."""
+    row = tl.program_id(0).to(tl.int64)
+    largest = tl.zeros((TILE,), tl.float32)
+    for k in range(0, K, TILE):
+        at = k + tl.arange(0, TILE)
+        largest = tl.maximum(largest, tl.abs(tl.load(x + row * x_row + at, mask=at < K, other=0.0).to(tl.float32)))
+    step = tl.maximum(tl.max(largest, 0) / LARGEST, 1e-30)
+    tl.store(scale + row, step)
+    for k in range(0, out_row, TILE):
+        at = k + tl.arange(0, TILE)
+        y = tl.load(x + row * x_row + at, mask=at < K, other=0.0).to(tl.float32) / step
+        if out.dtype.element_ty == tl.int8:
+            y = (y + 12582912.0) - 12582912.0  # 1.5 * 2^23: to the nearest integer, ties to even
+        tl.store(out + row * out_row + at, y.to(out.dtype.element_ty), mask=at < out_row)
+
+
+def _pad_columns(weight: Tensor, columns: int) -> Tensor:
+    """Copy with zeros up to `columns`."""
+    padded = weight.new_zeros(weight.shape[0], columns)
+    padded[:, : weight.shape[1]] = weight
+    return padded
+
+
+def _round_up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
+
+
+def pack_plain(weight: Tensor, bias: Tensor | None = None, *, gated: bool = False) -> GpuWeight:
+    """`weight [N, K]` in the compute dtype; gated: the rows of the gate, then those of the up projection."""
+    n, k = weight.shape
+    rows = n // 2 if gated else n
+    padded = _pad_columns(weight, _round_up(k, _ALIGN))
+    return GpuWeight("plain", padded, None, None, bias, rows, k, 0, gated)
+
+
+def pack_scaled(q: Tensor, scales: Tensor, bias: Tensor | None = None, *, gated: bool = False) -> GpuWeight:
+    """`q [N, K]` int8 or float8_e4m3fn with `scales [N]` float32: W = q * scales."""
+    n, k = q.shape
+    form: Form = "int8" if q.dtype == torch.int8 else "fp8"
+    padded = _pad_columns(q, _round_up(k, _ALIGN))
+    return GpuWeight(form, padded, scales, None, bias, n // 2 if gated else n, k, 0, gated)
+
+
+def pack_int4(
+    q: Tensor, scales: Tensor, zeros: Tensor, bias: Tensor | None = None, *, gated: bool = False
+) -> GpuWeight:
+    """`q [N, K]` uint8 in 0..15, `scales` and `zeros [N, ceil(K / group)]`: W = (q - zeros) * scales, group by group."""
+    n, k = q.shape
+    group = 1 << max(5, (-(-k // scales.shape[1]) - 1).bit_length())
+    columns = _round_up(k, max(_ALIGN, group))
+    groups = _pad_columns(q, columns).view(n, columns // group, 2, group // 2)
+    weight = (groups[:, :, 0] | groups[:, :, 1] << 4).reshape(n, columns // 2).contiguous()
+    count = columns // group
+    return GpuWeight(
+        "int4",
+        weight,
+        _pad_columns(scales, count).T.contiguous(),
+        _pad_columns(zeros.to(torch.uint8), count).T.contiguous(),
+        bias,
+        n // 2 if gated else n,
+        k,
+        group,
+        gated,
+    )
+
+
+def quantize(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Rows of `x [M, K]` as int8 or float8_e4m3fn `[M, Kp]`, zero from K on, and their float32 scales `[M]`."""
+    m, k = x.shape
+    out = torch.empty(m, _round_up(k, _ALIGN), dtype=dtype, device=x.device)
+    scale = torch.empty(m, dtype=torch.float32, device=x.device)
+    if m:
+        largest = 127.0 if dtype == torch.int8 else 448.0
+        quantize_kernel[(m,)](
+            x, out, scale, k, x.stride(0), out.stride(0), LARGEST=largest, TILE=1024, num_warps=4
+        )
+    return out, scale
+
+
+def linear(
+    x: Tensor,
+    weight: GpuWeight,
+    *,
+    tile: MatmulTile,
+    residual: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """`x [M, K]` times the weight, plus bias: `[M, N]`; gated: silu(gate) * up. `residual [M, N]` is added (not in place)."""
+    m, n, k = x.shape[0], weight.out_features, weight.in_features
+    out = torch.empty(m, n, dtype=out_dtype or x.dtype, device=x.device)
+    if not out.numel():
+        return out
+    scaled = weight.form in ("int8", "fp8")
+    x_scale = w_scale = weight.scales if scaled else out
+    if scaled:
+        x, x_scale = quantize(x, weight.weight.dtype)
+        k = x.shape[1]
+    step = weight.group if weight.form == "int4" else tile.inputs
+    splits, per_split = 1, 0
+    if tile.splits > 1:
+        per_split = _round_up(-(-k // tile.splits), step)
+        splits = -(-k // per_split)
+    split = splits > 1
+    partial = out
+    if split:
+        kind = torch.int32 if weight.form == "int8" else torch.float32
+        partial = torch.empty(splits, 1 + weight.gated, m, n, dtype=kind, device=x.device)
+    bias, added = weight.bias is not None, residual is not None
+    grid = (triton.cdiv(m, tile.rows) * triton.cdiv(n, tile.features), splits)
+    common = dict(
+        TILE_M=tile.rows, TILE_N=tile.features, BAND=8, GATED=weight.gated, BIAS=bias, RESIDUAL=added, SPLIT=split,
+        TAIL=k % step != 0, PRECISION="ieee" if x.dtype == torch.float32 else "tf32",
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    bias_at, residual_at = weight.bias if bias else out, residual if added else out
+    if weight.form == "int4":
+        int4_kernel[grid](
+            x, weight.weight, weight.scales, weight.zeros, bias_at, residual_at, out, partial, m, n, k, x.stride(0),
+            weight.weight.stride(0), out.stride(0), per_split, GROUP=weight.group,
+            ASSEMBLY=x.dtype == torch.bfloat16, **common,
+        )  # fmt: skip
+    else:
+        matmul_kernel[grid](
+            x, weight.weight, x_scale, w_scale, bias_at, residual_at, out, partial, m, n, k, x.stride(0),
+            weight.weight.stride(0), out.stride(0), per_split, TILE_K=tile.inputs, SCALED=scaled,
+            INTEGER=weight.form == "int8", **common,
+        )  # fmt: skip
+    if split:
+        finish_kernel[(m, triton.cdiv(n, 256))](
+            partial, x_scale, w_scale, bias_at, residual_at, out, m, n, out.stride(0), splits,
+            TILE_N=256, GATED=weight.gated, SCALED=scaled, BIAS=bias, RESIDUAL=added,
+        )  # fmt: skip
+    return out
