@@ -1,0 +1,81 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pagemill.kernels.gpu.linear import MatmulTile, linear, pack_int4, pack_plain, pack_scaled, quantize
+from tests.gpu.conftest import bound, error
+
+SHAPES = [(1, 64, 128, 1), (5, 70, 100, 1), (33, 130, 200, 3), (17, 33, 855, 4), (16, 32, 64, 2)]
+"""M, N, K and split-K."""
+
+
+def tile(rows: int, splits: int) -> MatmulTile:
+    return MatmulTile(16 if rows <= 16 else 32, 32, 32, splits, 4, 3)
+
+
+def expected(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, gated: bool) -> Tensor:
+    y = x.double() @ weight.double().T + (0 if bias is None else bias.double())
+    if gated:
+        gate, up = y.chunk(2, -1)
+        y = F.silu(gate) * up
+    return y + (0 if residual is None else residual.double())
+
+
+def inputs(m: int, n: int, k: int, dtype: torch.dtype, gated: bool, extras: bool) -> tuple[Tensor, ...]:
+    x = torch.randn(m, 2, k).to(dtype)[:, 1]  # strided rows
+    rows = 2 * n if gated else n
+    weight = torch.randn(rows, k).mul(0.3).to(dtype)
+    bias = torch.randn(rows).to(dtype) if extras else None
+    residual = torch.randn(m, n).to(dtype) if extras else None
+    return x, weight, bias, residual
+
+
+@pytest.mark.parametrize(("gated", "extras"), [(False, False), (False, True), (True, False), (True, True)])
+@pytest.mark.parametrize(("m", "n", "k", "splits"), SHAPES)
+def test_plain(m: int, n: int, k: int, splits: int, dtype: torch.dtype, gated: bool, extras: bool) -> None:
+    x, weight, bias, residual = inputs(m, n, k, dtype, gated, extras)
+    found = linear(x, pack_plain(weight, bias, gated=gated), tile=tile(m, splits), residual=residual)
+    assert error(found, expected(x, weight, bias, residual, gated)) < bound(dtype)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize(("m", "n", "k", "splits"), SHAPES)
+def test_int8(m: int, n: int, k: int, splits: int, dtype: torch.dtype, gated: bool) -> None:
+    x, weight, bias, residual = inputs(m, n, k, dtype, gated, True)
+    scale = weight.float().abs().amax(1) / 127
+    q = (weight.float() / scale[:, None]).round().to(torch.int8)
+    step = x.float().abs().amax(1, keepdim=True) / 127
+    rounded = (x.float() / step).round() * step
+    found = linear(x, pack_scaled(q, scale, bias, gated=gated), tile=tile(m, splits), residual=residual)
+    assert error(found, expected(rounded, q.double() * scale.double()[:, None], bias, residual, gated)) < bound(dtype)
+
+
+@pytest.mark.parametrize("group", [32, 64, 128])
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize(("m", "n", "k", "splits"), SHAPES)
+def test_int4(m: int, n: int, k: int, splits: int, dtype: torch.dtype, gated: bool, group: int) -> None:
+    x, _, bias, residual = inputs(m, n, k, dtype, gated, True)
+    rows, groups = 2 * n if gated else n, -(-k // group)
+    q = torch.randint(0, 16, (rows, k), dtype=torch.uint8)
+    zeros = torch.randint(0, 16, (rows, groups), dtype=torch.uint8)
+    scales = torch.rand(rows, groups).mul(0.05).to(dtype)
+    of_column = torch.arange(k) // group
+    weight = (q.double() - zeros.double()[:, of_column]) * scales.double()[:, of_column]
+    found = linear(x, pack_int4(q, scales, zeros, bias, gated=gated), tile=tile(m, splits), residual=residual)
+    assert error(found, expected(x, weight, bias, residual, gated)) < bound(dtype)
+
+
+def test_quantize() -> None:
+    x = torch.randn(3, 70) * torch.tensor([[1.0], [1e-6], [0.0]])
+    codes, scale = quantize(x, torch.int8)
+    assert codes.shape == (3, 128)
+    assert not codes[:, 70:].any()
+    assert not codes[2].any()
+    torch.testing.assert_close(scale[:2], x[:2].abs().amax(1) / 127)
+    torch.testing.assert_close(codes[:2, :70].float(), (x[:2] / scale[:2, None]).round())
+
+
+def test_no_rows() -> None:
+    weight = torch.randn(8, 16)
+    assert linear(torch.randn(0, 16), pack_plain(weight), tile=tile(1, 1)).shape == (0, 8)
