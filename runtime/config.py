@@ -9,6 +9,7 @@ from typing import Literal
 from pagemill.errors import ConfigError
 
 KernelChoice = Literal["auto", "reference", "native", "triton"]
+Quantize = Literal["none", "int8", "int4"]
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,9 @@ class EngineConfig:
     """float32, bfloat16, or auto: the checkpoint's own (bfloat16 for one stored in float16)."""
     kernels: KernelChoice = "auto"
     """Which kernel implementations to use; `Engine.describe` tells what was chosen."""
+    quantize: Quantize = "none"
+    """Round the weights to fewer bits while loading: int8 (weights and activations, everywhere), or int4 (the decoder's
+    weights in groups; the vision tower, the embedding and the output layer in int8)."""
     max_num_seqs: int = 32
     """Most pages in the batch at once (concurrency)."""
     max_step_tokens: int = 2048
@@ -49,6 +53,8 @@ class EngineConfig:
             refuse("dtype", "auto, float32 or bfloat16")
         if self.kernels not in ("auto", "reference", "native", "triton"):
             refuse("kernels", "auto, reference, native or triton")
+        if self.quantize not in ("none", "int8", "int4"):
+            refuse("quantize", "none, int8 or int4")
         for name in (
             "max_num_seqs",
             "max_step_tokens",

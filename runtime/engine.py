@@ -209,7 +209,8 @@ class Engine:
                 raise CheckpointError(
                     f"{folder}: config.json has {name_in_both} {ours}, the image settings have {theirs}"
                 )
-        model = load_model(folder, model_config, kernels.select(config.kernels, device, dtype), device, dtype)
+        chosen = kernels.select(config.kernels, device, dtype)
+        model = load_model(folder, model_config, chosen, device, dtype, config.quantize)
         page_format = PageFormat(
             profile.keys,
             profile.key_order,
@@ -393,6 +394,7 @@ class Engine:
             "model": self.model,
             "device": str(core.model.vision.device),
             "dtype": str(core.model.vision.dtype).removeprefix("torch."),
+            "quantize": core.config.quantize,
             "kernels": core.model.decoder.kernels.describe(),
             "layers": text.num_layers,
             "vocabulary": text.vocab_size,

@@ -56,6 +56,13 @@ DTypeOption = Annotated[
     DType,
     typer.Option("--dtype", help="Arithmetic; auto is what the checkpoint is stored in."),
 ]
+QuantizeOption = Annotated[
+    Literal["none", "int8", "int4"],
+    typer.Option(
+        "--quantize",
+        help="Round the weights while loading: int8, or int4 (the decoder; the rest int8). Faster, and smaller.",
+    ),
+]
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
@@ -120,11 +127,12 @@ def load_engine(
     device: Device,
     dtype: DType,
     *,
+    quantize: str = "none",
     concurrency: int | None = None,
     kv_cache_gb: float | None = None,
 ) -> Engine:
     """Load a model with the options that most commands have."""
-    options: dict[str, Any] = {"device": device, "dtype": dtype}
+    options: dict[str, Any] = {"device": device, "dtype": dtype, "quantize": quantize}
     if concurrency is not None:
         options["max_num_seqs"] = concurrency
     if kv_cache_gb is not None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pagemill.kernels import Kernels, PackedLinear
+from pagemill.kernels import Kernels, PackedLinear, Scheme
 from pagemill.model.config import TextConfig
 from pagemill.model.rope import MRope
 from pagemill.model.weights import Checkpoint
@@ -62,6 +62,8 @@ class Decoder:
         kernels: Kernels,
         device: torch.device,
         dtype: torch.dtype,
+        scheme: Scheme = "plain",
+        vocabulary_scheme: Scheme = "plain",
     ) -> None:
         self.config, self.kernels = config, kernels
 
@@ -72,12 +74,15 @@ class Decoder:
             full = [f"text.layers.{layer}.{n}_proj" for n in names]
             parts = [weights.read(f"{n}.weight").to(device) for n in full]
             biases = torch.cat([weights.read(f"{n}.bias") for n in full]).to(device) if bias else None
-            return kernels.pack_linear(parts, biases)
+            return kernels.pack_linear(parts, biases, scheme=scheme)
 
-        self.embed_tokens = kernels.pack_linear(weights.read("text.embed_tokens.weight").to(device), None)
+        def vocabulary(name: str) -> PackedLinear:
+            return kernels.pack_linear(weights.read(name).to(device), None, scheme=vocabulary_scheme)
+
+        self.embed_tokens = vocabulary("text.embed_tokens.weight")
         self.lm_head = self.embed_tokens
         if not config.tie_word_embeddings:
-            self.lm_head = kernels.pack_linear(weights.read("lm_head.weight").to(device), None)
+            self.lm_head = vocabulary("lm_head.weight")
         self.layers = [
             _Layer(
                 attention_norm=vector(f"layers.{i}.input_layernorm.weight"),

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from pagemill.errors import CheckpointError
-from pagemill.kernels import Kernels
+from pagemill.kernels import Kernels, Scheme
 from pagemill.model.config import ModelConfig
 from pagemill.model.decoder import Decoder
 from pagemill.model.vision import VisionTower
@@ -27,6 +27,25 @@ class Model:
     config: ModelConfig
     vision: VisionTower
     decoder: Decoder
+
+
+@dataclass(frozen=True)
+class _Schemes:
+    """How the linear layers of each part are stored (`pagemill.kernels.linear`)."""
+
+    vision: Scheme
+    text: Scheme
+    vocabulary: Scheme
+    """Of the embedding and the output layer."""
+
+
+_SCHEMES = {
+    "none": _Schemes("plain", "plain", "plain"),
+    "int8": _Schemes("int8", "int8", "int8"),
+    # Decoding streams the decoder's weights: there four bits pay. The tower's arithmetic is what costs, and the output
+    # layer chooses the token.
+    "int4": _Schemes("int8", "int4", "int8"),
+}
 
 
 def find_checkpoint(name: str) -> Path:
@@ -79,13 +98,22 @@ def _download(repo_id: str) -> Path:
 
 
 def load_model(
-    folder: Path, config: ModelConfig, kernels: Kernels, device: torch.device, dtype: torch.dtype
+    folder: Path,
+    config: ModelConfig,
+    kernels: Kernels,
+    device: torch.device,
+    dtype: torch.dtype,
+    quantize: str = "none",
 ) -> Model:
-    """Read a folder's weights into a model, each tensor once; peak memory is the packed weights plus one matrix."""
+    """Read a folder's weights into a model, each tensor once; peak memory is the packed weights plus one matrix.
+
+    `quantize` is that of `EngineConfig`.
+    """
+    schemes = _SCHEMES[quantize]
     weights = Checkpoint(folder, config)
     try:
-        vision = VisionTower(config.vision, weights, kernels, device, dtype)
-        decoder = Decoder(config.text, weights, kernels, device, dtype)
+        vision = VisionTower(config.vision, weights, kernels, device, dtype, schemes.vision)
+        decoder = Decoder(config.text, weights, kernels, device, dtype, schemes.text, schemes.vocabulary)
     finally:
         weights.close()
     return Model(config, vision, decoder)

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pagemill.kernels import Kernels, PackedLinear
+from pagemill.kernels import Kernels, PackedLinear, Scheme
 from pagemill.model.config import VisionConfig
 from pagemill.model.rope import Grid, vision_angles
 from pagemill.model.weights import Checkpoint
@@ -57,18 +57,19 @@ class VisionTower:
         kernels: Kernels,
         device: torch.device,
         dtype: torch.dtype,
+        scheme: Scheme = "plain",
     ) -> None:
         self.config, self.kernels, self.device, self.dtype = config, kernels, device, dtype
 
         def vector(name: str) -> Tensor:
             return weights.read(f"vision.{name}").to(device, dtype, copy=True)
 
-        def linear(*names: str, bias: bool = True) -> PackedLinear:
+        def linear(*names: str, bias: bool = True, scheme: Scheme = scheme) -> PackedLinear:
             parts = [weights.read(f"vision.{n}.weight").flatten(1).to(device) for n in names]
             biases = torch.cat([weights.read(f"vision.{n}.bias") for n in names]).to(device) if bias else None
-            return kernels.pack_linear(parts, biases)
+            return kernels.pack_linear(parts, biases, scheme=scheme)
 
-        self.patch_embed = linear("patch_embed.proj", bias=False)
+        self.patch_embed = linear("patch_embed.proj", bias=False, scheme="plain")
         self.blocks = [
             _Block(
                 norm1=vector(f"blocks.{i}.norm1.weight"),
