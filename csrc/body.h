@@ -3,13 +3,15 @@
 #include "body_simd.h"
 #include "body_gemm.h"
 #include "body_linear.h"
+#include "body_qlinear.h"
 #include "body_elementwise.h"
 #include "body_attention.h"
 #include "body_patchify.h"
 
 template <class T>
 constexpr TypedKernels<T> typed_table() {
-    return {&linear<T>, &rms_norm<T>, &swiglu<T>, &gelu<T>, &rotary<T>, &attention<T>};
+    return {&linear<T>, &qlinear<T>, &quantize_rows<T>, &pack_int8<T>, &pack_int4<T>,
+            &dequantize<T>, &rms_norm<T>, &swiglu<T>, &gelu<T>, &rotary<T>, &attention<T>};
 }
 
 constexpr Isa table(const char* name) { return {name, &greedy, &patchify, typed_table<float>(), typed_table<bf16>()}; }

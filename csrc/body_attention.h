@@ -16,25 +16,6 @@ PM_INLINE void clear(float* dst, int64_t n) {
     if (n > 0) memset(dst, 0, n * sizeof(float));
 }
 
-// In place: rows[i] lane j <-> rows[j] lane i.
-PM_INLINE void transpose(V* rows) {
-#pragma GCC unroll 4
-    for (int s = 1; s < W; s *= 2) {
-        I low, high;  // of a pair of rows s apart, exchange the off-diagonal s x s squares
-        for (int i = 0; i < W; ++i) {
-            low[i] = i & s ? W + i - s : i;
-            high[i] = i & s ? W + i : i + s;
-        }
-#pragma GCC unroll 16
-        for (int i = 0; i < W; ++i) {
-            if (i & s) continue;
-            const V a = rows[i], b = rows[i + s];
-            rows[i] = __builtin_shuffle(a, b, low);
-            rows[i + s] = __builtin_shuffle(a, b, high);
-        }
-    }
-}
-
 // kt[d][kKeys] and vt[count][ldv] of keys first..first+count-1; lanes of kt past count are zero, columns of vt past d too.
 template <class T>
 PM_KERNEL void stage_paged(const AttentionArgs<T>& p, int64_t first, int64_t count, float* kt, float* vt, int64_t ldv) {

@@ -102,6 +102,25 @@ PM_INLINE I iota() {
     return v;
 }
 
+// In place: rows[i] lane j <-> rows[j] lane i.
+PM_INLINE void transpose(V* rows) {
+#pragma GCC unroll 4
+    for (int s = 1; s < W; s *= 2) {
+        I low, high;  // of a pair of rows s apart, exchange the off-diagonal s x s squares
+        for (int i = 0; i < W; ++i) {
+            low[i] = i & s ? W + i - s : i;
+            high[i] = i & s ? W + i : i + s;
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < W; ++i) {
+            if (i & s) continue;
+            const V a = rows[i], b = rows[i + s];
+            rows[i] = __builtin_shuffle(a, b, low);
+            rows[i + s] = __builtin_shuffle(a, b, high);
+        }
+    }
+}
+
 // Sums the lanes as a balanced tree.
 PM_INLINE float sum(V v) {
     float lanes[W];

@@ -23,7 +23,10 @@ std::vector<const Isa*> available() {
     if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
         found.push_back(&kAvx512);
-    if (!found.empty() && __builtin_cpu_supports("avx512bf16")) found.insert(found.begin(), &kAvx512Bf16);
+    if (!found.empty() && __builtin_cpu_supports("avx512vnni")) {
+        found.insert(found.begin(), &kAvx512Vnni);
+        if (__builtin_cpu_supports("avx512bf16")) found.insert(found.begin(), &kAvx512Bf16);
+    }
     if (avx2) found.push_back(&kAvx2);
 #endif
     found.push_back(&kPortable);

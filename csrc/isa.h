@@ -11,20 +11,50 @@ namespace pagemill {
 
 struct bf16 { uint16_t bits; };
 
-// y[m, n] = x w^T + bias. Panels, zero padded: [ceil(n / 32)][k][32] of float, or of bf16 with the two features of a
-// pair side by side, [ceil(n / 32)][ceil(k / 2)][32][2], as the dot products of pairs want them.
+// y[m, n] = x w^T + bias, of weights in panels of 32 output features, zero padded, and what becomes of y: stored, or
+// added to a residual in place; or, if gated, each panel is 16 gates and their 16 ups and silu(gate) * up is stored.
 constexpr int kPanel = 32;
 template <class T>
-struct LinearArgs {
-    const T* x;
-    int64_t ldx;
-    const T* panels;
+struct LinearOut {
     const float* bias;  // [ceil(n / 32) * 32], or null
-    T* out;             // rows of n; or null:
-    float* out_wide;
+    T* out;             // rows of n, of n / 2 if gated; or null:
+    float* out_wide;    // the same; or null:
+    T* residual;        // += y
+    int64_t ldr;
+    bool gated;
     int64_t m, n, k;
     int64_t row_block, row_blocks;      // rows of an item
     int64_t panel_group, panels_count;  // panels of an item
+};
+
+// Panels: [ceil(n / 32)][k][32] of float, or of bf16 with the two features of a pair side by side,
+// [ceil(n / 32)][ceil(k / 2)][32][2], as the dot products of pairs want them.
+template <class T>
+struct LinearArgs : LinearOut<T> {
+    const T* x;
+    int64_t ldx;
+    const T* panels;
+};
+
+// x in int8, each group of k's of each row with a scale of its own: the largest magnitude becomes 127.
+constexpr int64_t kChunk = 512, kChunkStride = kChunk + 64;
+struct QuantizedRows {
+    int8_t* x;      // [ceil(k / kChunk)][m][kChunkStride], zeros from k on up to a multiple of 64
+    float* scales;  // [m][groups]
+    int32_t* sums;  // [m][groups], of the group's int8
+    int64_t m, k, group, groups;
+};
+
+// y[m, n] = sum over groups of x_scale * w_scale * sum over the group of x * (w - zero): the inner sum in integers, so
+// that it is exact, and the outer one in order, multiplied and added in float.
+// Panels of bytes: [ceil(n / 32)][ceil(k / 4)][32][4], one group of all k, zero 128. Of nibbles: [ceil(n / 32)]
+// [ceil(k / 8)][32][4], the low nibbles are the first four of eight k's, the high ones the other four.
+template <class T>
+struct QLinearArgs : LinearOut<T> {
+    QuantizedRows rows;
+    const uint8_t* panels;
+    const float* scales;   // [ceil(n / 32)][groups][32]
+    const uint8_t* zeros;  // the same, of nibbles; null: bytes
 };
 
 template <class T>
@@ -105,6 +135,14 @@ struct PatchifyArgs {
 template <class T>
 struct TypedKernels {
     void (*linear)(const LinearArgs<T>&, int64_t begin, int64_t end);
+    void (*qlinear)(const QLinearArgs<T>&, int64_t begin, int64_t end);
+    void (*quantize_rows)(const T* x, int64_t ldx, const QuantizedRows&, int64_t begin, int64_t end);
+    // One panel of `rows` <= 32 rows of w, and its scales and zeros.
+    void (*pack_int8)(const T* w, int64_t ldw, int64_t rows, int64_t k, uint8_t* panel, float* scales);
+    void (*pack_int4)(const T* w, int64_t ldw, int64_t rows, int64_t k, int64_t group, uint8_t* panel, float* scales,
+                      uint8_t* zeros);
+    // One row of a panel of bytes: w at its first four k's.
+    void (*dequantize)(const uint8_t* w, float scale, int64_t k, T* out);
     void (*rms_norm)(const NormArgs<T>&, int64_t begin, int64_t end);
     void (*swiglu)(const T* gate_up, int64_t ld, T* out, int64_t width, int64_t begin, int64_t end);
     void (*gelu)(const T* x, T* out, int64_t begin, int64_t end);
@@ -125,7 +163,7 @@ struct Isa {
 
 extern const Isa kPortable;
 #if defined(__x86_64__)
-extern const Isa kAvx2, kAvx512, kAvx512Bf16;
+extern const Isa kAvx2, kAvx512, kAvx512Vnni, kAvx512Bf16;
 #endif
 
 const Isa& isa();

@@ -2,6 +2,8 @@
 #include <pybind11/pybind11.h>
 
 #include <algorithm>
+#include <cstdlib>
+#include <new>
 
 #include "array.h"
 #include "isa.h"
@@ -31,6 +33,11 @@ DType check_panels(const Array& panels, int64_t count, int64_t k) {
     return panels.dtype;
 }
 
+void check_first(int64_t first, int64_t rows, const Array& panels) {
+    if (first < 0 || first % kPanel || ceil_div(first + rows, kPanel) > panels.shape[0])
+        reject("first", "a multiple of 32 whose rows fit the panels", std::to_string(first));
+}
+
 template <class T>
 void pack(const Array& weight, int64_t first, const Array& panels) {
     const int64_t rows = weight.shape[0], k = weight.shape[1], ld = weight.strides[0];
@@ -55,49 +62,167 @@ void pack_panels(const Array& weight, int64_t first, const Array& panels) {
     check(weight, "weight", {DType::float32, DType::bfloat16}, {kAny, kAny}, Layout::rows);
     const DType dtype = check_panels(panels, kAny, weight.shape[1]);
     check(weight, "weight", {dtype}, {kAny, kAny}, Layout::rows);
-    if (first < 0 || first % kPanel || ceil_div(first + weight.shape[0], kPanel) > panels.shape[0])
-        reject("first", "a multiple of 32 whose rows fit the panels", std::to_string(first));
+    check_first(first, weight.shape[0], panels);
     if (dtype == DType::float32) pack<float>(weight, first, panels);
     else pack<bf16>(weight, first, panels);
 }
 
+// Where a linear layer's result goes, checked, and how its work is cut.
 template <class T>
-void run(const Array& x, const Array& panels, const float* bias, const Array& out) {
-    const int64_t m = x.shape[0], n = out.shape[1], k = x.shape[1], count = panels.shape[0];
-    LinearArgs<T> args{};
-    args.x = x.as<T>(), args.ldx = x.strides[0];
-    args.panels = panels.as<T>(), args.bias = bias;
-    if (out.dtype == x.dtype) args.out = out.as<T>();
+void set_out(LinearOut<T>& args, const Array& x, int64_t count, const pybind11::object& bias, const Array& out, bool add,
+             bool gated) {
+    if (add) check(out, "residual", {x.dtype}, {x.shape[0], kAny}, Layout::rows);
+    else check(out, "out", {x.dtype, DType::float32}, {x.shape[0], kAny});
+    args.m = x.shape[0], args.n = out.shape[1], args.k = x.shape[1], args.gated = gated;
+    if (ceil_div(args.n, gated ? kPanel / 2 : kPanel) != count)
+        reject(add ? "residual" : "out", "columns that fill the panels", std::to_string(args.n));
+    if (args.k < 1) reject("x", "at least one column", std::to_string(args.k));
+    if (add) args.residual = out.as<T>(), args.ldr = out.strides[0];
+    else if (out.dtype == x.dtype) args.out = out.as<T>();
     else args.out_wide = out.as<float>();
-    args.m = m, args.n = n, args.k = k;
-    args.row_blocks = ceil_div(m, kRowBlock);
-    args.row_block = ceil_div(m, args.row_blocks);
-    // Groups of panels small enough that their sums stay in cache, and that every thread gets some.
+    if (!bias.is_none()) {
+        const Array b = bias.cast<Array>();  // lives as long as `bias` does
+        check(b, "bias", {DType::float32}, {count * kPanel});
+        args.bias = b.as<float>();
+    }
     args.panels_count = count;
-    args.panel_group = std::clamp<int64_t>(count * args.row_blocks / (4 * num_threads()) / 4 * 4, 4, 8);
-    const int64_t items = args.row_blocks * ceil_div(count, args.panel_group);
-    const auto linear = isa().typed(static_cast<T*>(nullptr)).linear;
-    pybind11::gil_scoped_release release;
-    parallel_for(items, m * n * k < kSmall ? items : 1,
-                 [&](int64_t begin, int64_t end) { linear(args, begin, end); });
 }
 
-void linear(const Array& x, int64_t in_features, const Array& panels, const pybind11::object& bias, const Array& out) {
-    const int64_t count = panels.shape[0];
+template <class Args, class F>
+void spread(Args& args, int64_t most_rows, const F& kernel) {
+    args.row_blocks = ceil_div(args.m, most_rows);
+    args.row_block = ceil_div(args.m, args.row_blocks);
+    // Groups of panels small enough that their sums stay in cache, and that every thread gets some.
+    args.panel_group = std::clamp<int64_t>(args.panels_count * args.row_blocks / (4 * num_threads()) / 4 * 4, 4, 8);
+    const int64_t items = args.row_blocks * ceil_div(args.panels_count, args.panel_group);
+    const bool small = args.m * args.panels_count * kPanel * args.k < kSmall;
+    parallel_for(items, small ? items : 1, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+}
+
+// Calls f with a null pointer of x's element type.
+template <class F>
+void by_type(const Array& x, const F& f) {
+    if (x.dtype == DType::float32) f(static_cast<float*>(nullptr));
+    else f(static_cast<bf16*>(nullptr));
+}
+
+void linear(const Array& x, int64_t in_features, const Array& panels, const pybind11::object& bias, const Array& out,
+            bool add, bool gated) {
     const DType dtype = check_panels(panels, kAny, in_features);
     check(x, "x", {dtype}, {kAny, in_features}, Layout::rows);
-    check(out, "out", {dtype, DType::float32}, {x.shape[0], kAny});
-    const int64_t m = x.shape[0], n = out.shape[1];
-    if (ceil_div(n, kPanel) != count) reject("out", "columns that fill the panels", std::to_string(n));
-    Array b;
-    if (!bias.is_none()) {
-        b = bias.cast<Array>();
-        check(b, "bias", {DType::float32}, {count * kPanel});
+    by_type(x, [&](auto* t) {
+        using T = std::remove_pointer_t<decltype(t)>;
+        LinearArgs<T> args{};
+        set_out(args, x, panels.shape[0], bias, out, add, gated);
+        if (args.m == 0 || args.n == 0) return;
+        args.x = x.as<T>(), args.ldx = x.strides[0];
+        args.panels = panels.as<T>();
+        const auto kernel = isa().typed(t).linear;
+        pybind11::gil_scoped_release release;
+        spread(args, kRowBlock, kernel);
+    });
+}
+
+// Memory for a call's quantised rows, kept for the next one of the same thread.
+char* workspace(size_t bytes) {
+    struct Buffer {
+        char* data = nullptr;
+        size_t size = 0;
+        ~Buffer() { std::free(data); }
+    };
+    static thread_local Buffer buffer;
+    if (buffer.size < bytes) {
+        std::free(buffer.data);
+        buffer.size = 0;
+        const size_t size = (bytes + 4095) / 4096 * 4096;
+        buffer.data = static_cast<char*>(std::aligned_alloc(64, size));
+        if (!buffer.data) throw std::bad_alloc();
+        buffer.size = size;
     }
-    if (in_features < 1) reject("x", "at least one column", std::to_string(in_features));
-    if (m == 0 || n == 0) return;
-    if (dtype == DType::float32) run<float>(x, panels, b.as<float>(), out);
-    else run<bf16>(x, panels, b.as<float>(), out);
+    return buffer.data;
+}
+
+QuantizedRows rows_of(int64_t m, int64_t k, int64_t group) {
+    QuantizedRows rows{};
+    rows.m = m, rows.k = k, rows.group = group, rows.groups = ceil_div(k, group);
+    const int64_t bytes = ceil_div(k, kChunk) * m * kChunkStride, scales = ceil_div(m * rows.groups * 4, 64) * 64;
+    char* memory = workspace(bytes + 2 * scales);
+    rows.x = reinterpret_cast<int8_t*>(memory);
+    rows.scales = reinterpret_cast<float*>(memory + bytes);
+    rows.sums = reinterpret_cast<int32_t*>(memory + bytes + scales);
+    return rows;
+}
+
+constexpr int64_t kMostQuantized = 1 << 16;  // of k: int32 holds the sums
+
+void check_group(int64_t group) {
+    if (group != 32 && group != 64 && group != 128) reject("group", "32, 64 or 128", std::to_string(group));
+}
+
+// `zeros` none: bytes, one group.
+int64_t check_quantized(const Array& panels, const Array& scales, const Array* zeros, int64_t k, int64_t group) {
+    if (k < 1 || k > kMostQuantized) reject("in_features", "1..65536", std::to_string(k));
+    if (zeros) check_group(group);
+    check(panels, "panels", {DType::uint8}, {kAny, zeros ? ceil_div(k, 8) : ceil_div(k, 4), kPanel, 4});
+    const int64_t count = panels.shape[0], groups = zeros ? ceil_div(k, group) : 1;
+    check(scales, "scales", {DType::float32}, {count, groups, kPanel});
+    if (zeros) check(*zeros, "zeros", {DType::uint8}, {count, groups, kPanel});
+    return count;
+}
+
+// `zeros` and `group` as in QLinearArgs; zeros none: bytes.
+void qlinear(const Array& x, int64_t in_features, const Array& panels, const Array& scales,
+             const pybind11::object& zeros, int64_t group, const pybind11::object& bias, const Array& out, bool add,
+             bool gated) {
+    Array z;
+    if (!zeros.is_none()) z = zeros.cast<Array>();
+    const Array* nibbles = zeros.is_none() ? nullptr : &z;
+    const int64_t count = check_quantized(panels, scales, nibbles, in_features, group);
+    check(x, "x", {DType::float32, DType::bfloat16}, {kAny, in_features}, Layout::rows);
+    by_type(x, [&](auto* t) {
+        using T = std::remove_pointer_t<decltype(t)>;
+        QLinearArgs<T> args{};
+        set_out(args, x, count, bias, out, add, gated);
+        if (args.m == 0 || args.n == 0) return;
+        args.panels = panels.as<uint8_t>(), args.scales = scales.as<float>();
+        if (nibbles) args.zeros = z.as<uint8_t>();
+        const auto& kernels = isa().typed(t);
+        pybind11::gil_scoped_release release;
+        args.rows = rows_of(args.m, args.k, nibbles ? group : args.k);
+        parallel_for(args.m, std::max<int64_t>(1, 32768 / args.k), [&](int64_t begin, int64_t end) {
+            kernels.quantize_rows(x.as<T>(), x.strides[0], args.rows, begin, end);
+        });
+        spread(args, kRowBlock, kernels.qlinear);
+    });
+}
+
+// Rounds rows of `weight` into panels: into bytes, or, with zeros, into nibbles. `first` as in pack_panels.
+void pack_quantized(const Array& weight, int64_t first, int64_t group, const Array& panels, const Array& scales,
+                    const pybind11::object& zeros) {
+    check(weight, "weight", {DType::float32, DType::bfloat16}, {kAny, kAny}, Layout::rows);
+    Array z;
+    if (!zeros.is_none()) z = zeros.cast<Array>();
+    const Array* nibbles = zeros.is_none() ? nullptr : &z;
+    const int64_t rows = weight.shape[0], k = weight.shape[1];
+    check_quantized(panels, scales, nibbles, k, group);
+    check_first(first, rows, panels);
+    by_type(weight, [&](auto* t) {
+        using T = std::remove_pointer_t<decltype(t)>;
+        const T* w = weight.as<T>();
+        const auto& kernels = isa().typed(t);
+        const int64_t size = panels.shape[1] * kPanel * 4, per_panel = scales.shape[1] * kPanel, ld = weight.strides[0];
+        pybind11::gil_scoped_release release;
+        parallel_for(ceil_div(rows, kPanel), 1, [&](int64_t begin, int64_t end) {
+            for (int64_t p = begin; p < end; ++p) {
+                const T* from = w + p * kPanel * ld;
+                const int64_t count = std::min<int64_t>(kPanel, rows - p * kPanel), to = first / kPanel + p;
+                uint8_t* panel = panels.as<uint8_t>() + to * size;
+                float* s = scales.as<float>() + to * per_panel;
+                if (nibbles) kernels.pack_int4(from, ld, count, k, group, panel, s, z.as<uint8_t>() + to * per_panel);
+                else kernels.pack_int8(from, ld, count, k, panel, s);
+            }
+        });
+    });
 }
 
 template <class T>
@@ -114,16 +239,41 @@ void gather(const Array& ids, const Array& panels, const Array& out) {
     });
 }
 
-void embed(const Array& ids, const Array& panels, int64_t n, const Array& out) {
+void check_ids(const Array& ids, int64_t n) {
     check(ids, "ids", {DType::int64}, {kAny});
-    check(out, "out", {panels.dtype}, {ids.shape[0], kAny});
-    const DType dtype = check_panels(panels, ceil_div(n, kPanel), out.shape[1]);
     for (int64_t t = 0; t < ids.shape[0]; ++t) {
         const int64_t id = ids.as<int64_t>()[t];
         if (id < 0 || id >= n) reject("ids", "0.." + std::to_string(n - 1), std::to_string(id));
     }
+}
+
+void embed(const Array& ids, const Array& panels, int64_t n, const Array& out) {
+    check(out, "out", {panels.dtype}, {ids.shape[0], kAny});
+    const DType dtype = check_panels(panels, ceil_div(n, kPanel), out.shape[1]);
+    check_ids(ids, n);
     if (dtype == DType::float32) gather<float>(ids, panels, out);
     else gather<bf16>(ids, panels, out);
+}
+
+// Rows of a matrix of bytes, as they are multiplied with: (w - 128) * scale.
+void embed_int8(const Array& ids, const Array& panels, const Array& scales, int64_t n, const Array& out) {
+    check(out, "out", {DType::float32, DType::bfloat16}, {ids.shape[0], kAny});
+    const int64_t tokens = out.shape[0], k = out.shape[1];
+    if (check_quantized(panels, scales, nullptr, k, 0) != ceil_div(n, kPanel))
+        reject("panels", std::to_string(ceil_div(n, kPanel)) + " panels", std::to_string(panels.shape[0]));
+    check_ids(ids, n);
+    const int64_t* id = ids.as<int64_t>();
+    by_type(out, [&](auto* t) {
+        using T = std::remove_pointer_t<decltype(t)>;
+        const auto dequantize = isa().typed(t).dequantize;
+        pybind11::gil_scoped_release release;
+        parallel_for(tokens, std::max<int64_t>(1, 16384 / k), [&](int64_t begin, int64_t end) {
+            for (int64_t i = begin; i < end; ++i) {
+                const uint8_t* panel = panels.as<uint8_t>() + id[i] / kPanel * panels.shape[1] * kPanel * 4;
+                dequantize(panel + id[i] % kPanel * 4, scales.as<float>()[id[i]], k, out.as<T>() + i * k);
+            }
+        });
+    });
 }
 
 }  // namespace
@@ -131,7 +281,10 @@ void embed(const Array& ids, const Array& panels, int64_t n, const Array& out) {
 void bind_linear(pybind11::module_& m) {
     m.def("pack_panels", &pack_panels);
     m.def("linear", &linear);
+    m.def("qlinear", &qlinear);
+    m.def("pack_quantized", &pack_quantized);
     m.def("embed", &embed);
+    m.def("embed_int8", &embed_int8);
 }
 
 }  // namespace pagemill

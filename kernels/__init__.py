@@ -18,15 +18,53 @@ import pagemill._native as _native
 from pagemill.errors import KernelUnavailable
 from pagemill.kernels import activation, attention, linear, norm, rotary, sampling
 from pagemill.kernels.attention import kv_cache_shapes
-from pagemill.kernels.linear import PackedLinear
+from pagemill.kernels.linear import PackedLinear, Scheme
 
-__all__ = ["Kernels", "PackedLinear", "kv_cache_shapes", "select", "set_num_threads"]
+__all__ = ["Kernels", "PackedLinear", "Scheme", "kv_cache_shapes", "select", "set_num_threads"]
+
+
+class PackLinearOp(Protocol):
+    """`pack_linear(weight, bias, scheme="plain", group=128)`."""
+
+    def __call__(
+        self,
+        weight: Tensor | Sequence[Tensor],
+        bias: Tensor | None,
+        *,
+        scheme: Scheme = "plain",
+        group: int = 128,
+    ) -> PackedLinear: ...
+
+
+class PackSwigluOp(Protocol):
+    """`pack_swiglu(gate, up, bias, scheme="plain", group=128)`."""
+
+    def __call__(
+        self, gate: Tensor, up: Tensor, bias: Tensor | None, *, scheme: Scheme = "plain", group: int = 128
+    ) -> PackedLinear: ...
+
+
+class PackQuantizedOp(Protocol):
+    """`pack_quantized(q, scales, zeros, bias, group=128, gated=False)`."""
+
+    def __call__(
+        self,
+        q: Tensor,
+        scales: Tensor,
+        zeros: Tensor,
+        bias: Tensor | None,
+        *,
+        group: int = 128,
+        gated: bool = False,
+    ) -> PackedLinear: ...
 
 
 class LinearOp(Protocol):
-    """`linear(x, packed, out_float32=False)`."""
+    """`linear(x, packed, out_float32=False, residual=None)`."""
 
-    def __call__(self, x: Tensor, packed: PackedLinear, *, out_float32: bool = False) -> Tensor: ...
+    def __call__(
+        self, x: Tensor, packed: PackedLinear, *, out_float32: bool = False, residual: Tensor | None = None
+    ) -> Tensor: ...
 
 
 class GreedyOp(Protocol):
@@ -39,8 +77,11 @@ class GreedyOp(Protocol):
 class Kernels:
     """The chosen implementation of every op; the contracts stand in the module of the same name."""
 
-    pack_linear: Callable[[Tensor | Sequence[Tensor], Tensor | None], PackedLinear]
+    pack_linear: PackLinearOp
+    pack_swiglu: PackSwigluOp
+    pack_quantized: PackQuantizedOp
     linear: LinearOp
+    linear_swiglu: Callable[[Tensor, PackedLinear], Tensor]
     embed: Callable[[Tensor, PackedLinear], Tensor]
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
     add_rms_norm: Callable[[Tensor, Tensor, Tensor, float], Tensor]
@@ -60,6 +101,7 @@ class Kernels:
 
 _OPS = (
     "linear",
+    "linear_swiglu",
     "embed",
     "rms_norm",
     "add_rms_norm",
@@ -76,7 +118,10 @@ _OPS = (
 def _reference(dtype: torch.dtype) -> Kernels:
     return Kernels(
         pack_linear=partial(linear.pack_reference, dtype=dtype),
+        pack_swiglu=partial(linear.pack_swiglu_reference, dtype=dtype),
+        pack_quantized=partial(linear.pack_quantized_reference, dtype=dtype),
         linear=linear.linear_reference,
+        linear_swiglu=linear.linear_swiglu_reference,
         embed=linear.embed_reference,
         rms_norm=norm.rms_norm_reference,
         add_rms_norm=norm.add_rms_norm_reference,
@@ -96,7 +141,10 @@ def _native_over(reference: Kernels, dtype: torch.dtype) -> Kernels:
     return replace(
         reference,
         pack_linear=partial(linear.pack_native, dtype=dtype),
+        pack_swiglu=partial(linear.pack_swiglu_native, dtype=dtype),
+        pack_quantized=partial(linear.pack_quantized_native, dtype=dtype),
         linear=linear.linear_native,
+        linear_swiglu=linear.linear_swiglu_native,
         embed=linear.embed_native,
         rms_norm=norm.rms_norm_native,
         add_rms_norm=norm.add_rms_norm_native,
@@ -113,11 +161,14 @@ def _native_over(reference: Kernels, dtype: torch.dtype) -> Kernels:
 
 def _with_linear_of(donor: Kernels, kernels: Kernels) -> Kernels:
     """On machines with AMX: oneDNN, under torch, has bfloat16 matrix kernels that use it, unlike ours."""
-    ops = ("linear", "embed")
+    ops = ("linear", "linear_swiglu", "embed")
     return replace(
         kernels,
         pack_linear=donor.pack_linear,
+        pack_swiglu=donor.pack_swiglu,
+        pack_quantized=donor.pack_quantized,
         linear=donor.linear,
+        linear_swiglu=donor.linear_swiglu,
         embed=donor.embed,
         implementations={**kernels.implementations, **{op: donor.implementations[op] for op in ops}},
     )

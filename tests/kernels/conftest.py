@@ -22,8 +22,10 @@ def open_kernels(implementation: str, dtype: torch.dtype) -> Kernels:
 @pytest.fixture(autouse=True)
 def _restore() -> Iterator[None]:
     torch.manual_seed(0)
-    isa, threads = _native.isa(), _native.num_threads()
+    isa, threads, torch_threads = _native.isa(), _native.num_threads(), torch.get_num_threads()
+    torch.set_num_threads(1)  # its threads wait for each other at every small op
     yield
+    torch.set_num_threads(torch_threads)
     _native.set_isa(isa)
     _native.set_num_threads(threads)
 
