@@ -10,7 +10,7 @@
 
 template <class T>
 constexpr TypedKernels<T> typed_table() {
-    return {&linear<T>, &qlinear<T>, &quantize_rows<T>, &pack_int8<T>, &pack_int4<T>,
+    return {&linear<T>, kVectorBlocking, &qlinear<T>, kVectorBlocking, &quantize_rows<T>, &pack_int8<T>, &pack_int4<T>,
             &dequantize<T>, &rms_norm<T>, &swiglu<T>, &gelu<T>, &rotary<T>, &attention<T>};
 }
 

@@ -132,10 +132,18 @@ struct PatchifyArgs {
     int end_row(int row) const { return vertical_second ? y.first[row] + y.count[row] : row + 1; }
 };
 
+// The most rows and panels of an item of a linear layer.
+struct Blocking {
+    int64_t rows, panels;
+};
+constexpr Blocking kVectorBlocking{96, 8};  // a piece of x, one of a panel, and the sums fit the L2 cache
+
 template <class T>
 struct TypedKernels {
     void (*linear)(const LinearArgs<T>&, int64_t begin, int64_t end);
+    Blocking linear_blocking;
     void (*qlinear)(const QLinearArgs<T>&, int64_t begin, int64_t end);
+    Blocking qlinear_blocking;
     void (*quantize_rows)(const T* x, int64_t ldx, const QuantizedRows&, int64_t begin, int64_t end);
     // One panel of `rows` <= 32 rows of w, and its scales and zeros.
     void (*pack_int8)(const T* w, int64_t ldw, int64_t rows, int64_t k, uint8_t* panel, float* scales);
@@ -163,7 +171,7 @@ struct Isa {
 
 extern const Isa kPortable;
 #if defined(__x86_64__)
-extern const Isa kAvx2, kAvx512, kAvx512Vnni, kAvx512Bf16;
+extern const Isa kAvx2, kAvx512, kAvx512Vnni, kAvx512Bf16, kAmx, kAmxEmulated;
 #endif
 
 const Isa& isa();

@@ -12,7 +12,6 @@
 namespace pagemill {
 namespace {
 
-constexpr int64_t kRowBlock = 96;   // rows of x staged at a time: with a panel they fit the L2 cache
 constexpr int64_t kSmall = 1 << 17; // multiply-adds below which waking a thread costs more than it brings
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -89,11 +88,11 @@ void set_out(LinearOut<T>& args, const Array& x, int64_t count, const pybind11::
 }
 
 template <class Args, class F>
-void spread(Args& args, int64_t most_rows, const F& kernel) {
-    args.row_blocks = ceil_div(args.m, most_rows);
+void spread(Args& args, const Blocking& most, const F& kernel) {
+    args.row_blocks = ceil_div(args.m, most.rows);
     args.row_block = ceil_div(args.m, args.row_blocks);
     // Groups of panels small enough that their sums stay in cache, and that every thread gets some.
-    args.panel_group = std::clamp<int64_t>(args.panels_count * args.row_blocks / (4 * num_threads()) / 4 * 4, 4, 8);
+    args.panel_group = std::clamp<int64_t>(args.panels_count * args.row_blocks / (4 * num_threads()) / 4 * 4, 4, most.panels);
     const int64_t items = args.row_blocks * ceil_div(args.panels_count, args.panel_group);
     const bool small = args.m * args.panels_count * kPanel * args.k < kSmall;
     parallel_for(items, small ? items : 1, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
@@ -117,9 +116,9 @@ void linear(const Array& x, int64_t in_features, const Array& panels, const pybi
         if (args.m == 0 || args.n == 0) return;
         args.x = x.as<T>(), args.ldx = x.strides[0];
         args.panels = panels.as<T>();
-        const auto kernel = isa().typed(t).linear;
+        const auto& kernels = isa().typed(t);
         pybind11::gil_scoped_release release;
-        spread(args, kRowBlock, kernel);
+        spread(args, kernels.linear_blocking, kernels.linear);
     });
 }
 
@@ -192,7 +191,7 @@ void qlinear(const Array& x, int64_t in_features, const Array& panels, const Arr
         parallel_for(args.m, std::max<int64_t>(1, 32768 / args.k), [&](int64_t begin, int64_t end) {
             kernels.quantize_rows(x.as<T>(), x.strides[0], args.rows, begin, end);
         });
-        spread(args, kRowBlock, kernels.qlinear);
+        spread(args, kernels.qlinear_blocking, kernels.qlinear);
     });
 }
 

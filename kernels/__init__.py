@@ -159,21 +159,6 @@ def _native_over(reference: Kernels, dtype: torch.dtype) -> Kernels:
     )
 
 
-def _with_linear_of(donor: Kernels, kernels: Kernels) -> Kernels:
-    """On machines with AMX: oneDNN, under torch, has bfloat16 matrix kernels that use it, unlike ours."""
-    ops = ("linear", "linear_swiglu", "embed")
-    return replace(
-        kernels,
-        pack_linear=donor.pack_linear,
-        pack_swiglu=donor.pack_swiglu,
-        pack_quantized=donor.pack_quantized,
-        linear=donor.linear,
-        linear_swiglu=donor.linear_swiglu,
-        embed=donor.embed,
-        implementations={**kernels.implementations, **{op: donor.implementations[op] for op in ops}},
-    )
-
-
 def set_num_threads(count: int) -> None:
     """Let the CPU kernels, native and torch's, use `count` threads; this holds for the whole process."""
     _native.set_num_threads(count)
@@ -185,7 +170,7 @@ def select(kind: str, device: torch.device, dtype: torch.dtype) -> Kernels:
 
     `kind`: "auto" (the fastest that exists), "reference" (torch), "native" (C++, CPU only; ops without a
     native form for this dtype stay with the reference, as `describe` says) or "triton". Raises
-    KernelUnavailable for what cannot run.
+    KernelUnavailable for what cannot run, and for an instruction set in PAGEMILL_ISA that the machine lacks.
     """
     if kind not in ("auto", "reference", "native", "triton"):
         raise KernelUnavailable(f'kernels={kind!r} is unknown; use "auto", "reference", "native" or "triton"')
@@ -195,10 +180,11 @@ def select(kind: str, device: torch.device, dtype: torch.dtype) -> Kernels:
         raise KernelUnavailable('kernels="triton" is not built into this version; use "auto" or "reference"')
     if kind == "native" and device.type != "cpu":
         raise KernelUnavailable(f'kernels="native" runs on the CPU, not on {device}; use "auto"')
+    try:
+        _native.isa()  # also for the reference: pages are prepared in C++ all the same
+    except ValueError as error:
+        raise KernelUnavailable(str(error)) from None
     reference = _reference(dtype)
     if kind == "reference" or device.type != "cpu":
         return reference
-    native = _native_over(reference, dtype)
-    if kind == "auto" and dtype == torch.bfloat16 and _native.has_amx():
-        return _with_linear_of(reference, native)
-    return native
+    return _native_over(reference, dtype)

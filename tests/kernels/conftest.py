@@ -10,6 +10,8 @@ from pagemill.kernels import Kernels, kv_cache_shapes, select
 
 CPU = torch.device("cpu")
 IMPLEMENTATIONS = ["reference", *(f"native-{isa}" for isa in _native.isas())]
+# Emulated instruction sets differ from the others in linear layers alone.
+LINEAR_ISAS = [f"native-{isa}" for isa in (*_native.isas(), *_native.emulated_isas())]
 
 
 def open_kernels(implementation: str, dtype: torch.dtype) -> Kernels:

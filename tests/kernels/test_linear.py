@@ -3,13 +3,23 @@ import torch
 
 import pagemill._native as _native
 from pagemill.kernels import Kernels, Scheme
-from tests.kernels.conftest import assert_close
+from tests.kernels.conftest import LINEAR_ISAS, assert_close, open_kernels
 
 SHAPES = [
     (1, 1, 1), (1, 32, 256), (2, 33, 257), (3, 31, 100), (4, 64, 512), (5, 96, 513), (6, 40, 255),
     (7, 257, 64), (11, 32, 1), (12, 128, 96), (13, 97, 300), (24, 65, 70), (25, 32, 33), (95, 64, 48),
-    (96, 64, 48), (97, 160, 300), (193, 1000, 80),
+    (96, 64, 48), (97, 160, 300), (193, 1000, 80), (16, 96, 700), (17, 70, 331), (225, 40, 640), (520, 33, 32),
 ]  # fmt: skip
+
+
+@pytest.fixture(params=["reference", *LINEAR_ISAS])
+def kernels(request: pytest.FixtureRequest, dtype: torch.dtype) -> Kernels:
+    return open_kernels(request.param, dtype)
+
+
+@pytest.fixture(params=LINEAR_ISAS)
+def native(request: pytest.FixtureRequest, dtype: torch.dtype) -> Kernels:
+    return open_kernels(request.param, dtype)
 
 
 @pytest.mark.parametrize("with_bias", [False, True])
@@ -63,11 +73,11 @@ def test_no_rows(kernels: Kernels, dtype: torch.dtype) -> None:
 
 
 def test_rows_do_not_depend_on_the_batch_nor_on_threads(native: Kernels, dtype: torch.dtype) -> None:
-    for n, k in [(256, 768), (97, 301), (1000, 40)]:
+    for n, k in [(256, 768), (97, 401), (1000, 40)]:
         packed = native.pack_linear(torch.randn(n, k), torch.randn(n))
         x = torch.randn(200, k, dtype=dtype)
         whole = native.linear(x, packed)
-        for size in (1, 2, 3, 4, 5, 6, 7, 11, 12, 13, 24, 96, 97):
+        for size in (1, 2, 3, 4, 5, 6, 7, 11, 12, 13, 16, 17, 24, 32, 33, 96, 97):
             assert torch.equal(native.linear(x[100 : 100 + size], packed), whole[100 : 100 + size]), (
                 n,
                 k,
