@@ -81,8 +81,13 @@ struct RotaryArgs {
     int64_t block_size;
 };
 
-// One item: the rows (query token, head of the group) of `tokens` queries for one kv head.
-template <class T>
+// Keys of a range: ranges begin afresh, so that threads can share the keys of one sequence.
+constexpr int64_t kAttentionRange = 1024;
+// Floats of one row of a range that is joined later: the output padded to whole vectors, the maximum, the sum of weights.
+constexpr int64_t attention_partial(int64_t d) { return (d + 31) / 32 * 32 + 16; }
+
+// One item: the rows (query token, head of the group) of `tokens` queries for one kv head. C: type of keys and values.
+template <class T, class C>
 struct AttentionArgs {
     const T* q;
     int64_t q_token, q_head;
@@ -90,11 +95,13 @@ struct AttentionArgs {
     int64_t out_token, out_head;
     int64_t tokens, group, d;
     float scale;
-    int64_t keys;          // visible to the last query
-    int64_t causal_first;  // visible to the first query, one more to each next; or keys everywhere if not causal
-    bool causal;
+    int64_t first_key;     // a multiple of kAttentionRange: where the item's keys begin
+    int64_t keys;          // where they end; visible to the last query, unless the item is one range of several
+    int64_t causal_first;  // visible to the first query, one more to each next
+    bool causal;           // or else all see all keys
+    float* partial;        // [tokens * group][attention_partial(d)]: the range's result, in place of out; or null
     // Paged: blocks of one kv head (block id -> k[d][block_size], v[block_size][d]).
-    const T *k, *v;
+    const C *k, *v;
     const int32_t* blocks;  // null: packed rows k[key * k_key + d], v likewise
     int64_t block_stride, block_size;
     int64_t k_key, v_key;
@@ -155,7 +162,8 @@ struct TypedKernels {
     void (*swiglu)(const T* gate_up, int64_t ld, T* out, int64_t width, int64_t begin, int64_t end);
     void (*gelu)(const T* x, T* out, int64_t begin, int64_t end);
     void (*rotary)(const RotaryArgs<T>&, int64_t begin, int64_t end);
-    void (*attention)(const AttentionArgs<T>&);
+    void (*attention)(const AttentionArgs<T, T>&);
+    void (*join_ranges)(const AttentionArgs<T, T>&);
 };
 
 struct Isa {

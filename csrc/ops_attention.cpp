@@ -13,17 +13,74 @@ namespace {
 
 constexpr auto kFloats = {DType::float32, DType::bfloat16};
 constexpr int64_t kMaxHeadDim = 256;
-constexpr int64_t kRows = 96;  // (query, head) rows of an item: enough to pay for staging a tile of keys
+constexpr int64_t kRows = 144;  // (query, head) rows of an item: enough to pay for staging a tile of keys
+constexpr size_t kItemsEach = 4;  // for every thread: with fewer items, the ranges of keys are items too
 
-// Long contexts first: the threads finish together.
-template <class T>
-void run(std::vector<AttentionArgs<T>>& items) {
-    const auto cost = [](const AttentionArgs<T>& a) { return a.keys * a.tokens; };
-    std::stable_sort(items.begin(), items.end(), [&](const auto& a, const auto& b) { return cost(a) > cost(b); });
-    const auto attention = isa().typed(static_cast<T*>(nullptr)).attention;
+// Memory of the calling thread, kept from call to call.
+template <class A>
+struct Work {
+    std::vector<A> items, parts;
+    std::vector<int32_t> order;
+    std::vector<float> partial;
+};
+template <class A>
+Work<A>& begin_work() {
+    static thread_local Work<A> work;
+    work.items.clear();
+    work.parts.clear();
+    return work;
+}
+
+template <class A, class Kernel>
+void run_all(const std::vector<A>& items, std::vector<int32_t>& order, Kernel kernel) {
+    // Long contexts first: the threads finish together.
+    const auto cost = [&](int32_t i) { return (items[i].keys - items[i].first_key) * items[i].tokens; };
+    const auto before = [&](int32_t i, int32_t j) { return cost(i) != cost(j) ? cost(i) > cost(j) : i < j; };
+    order.resize(items.size());
+    for (size_t i = 0; i < order.size(); ++i) order[i] = static_cast<int32_t>(i);
+    if (!std::is_sorted(order.begin(), order.end(), before)) std::sort(order.begin(), order.end(), before);
     parallel_for(static_cast<int64_t>(items.size()), 1, [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) attention(items[i]);
+        for (int64_t i = begin; i < end; ++i) kernel(items[order[i]]);
     });
+}
+
+// Items whose keys are split into ranges become parts, which are joined once all are done.
+template <class A, class Kernel>
+void run(Work<A>& work, Kernel attention, Kernel join_ranges) {
+    int64_t floats = 0;
+    if (work.items.size() < kItemsEach * static_cast<size_t>(num_threads())) {
+        for (A& a : work.items)
+            if (a.keys > kAttentionRange)
+                floats += (a.keys + kAttentionRange - 1) / kAttentionRange * a.tokens * a.group * attention_partial(a.d);
+    }
+    if (!floats) return run_all(work.items, work.order, attention);
+
+    if (static_cast<int64_t>(work.partial.size()) < floats) work.partial.resize(floats);
+    float* partial = work.partial.data();
+    auto whole = work.items.begin();
+    for (A& a : work.items) {
+        if (a.keys <= kAttentionRange) {
+            work.parts.push_back(a);
+            continue;
+        }
+        a.partial = partial;
+        for (int64_t start = 0; start < a.keys; start += kAttentionRange) {
+            A part = a;
+            part.first_key = start, part.keys = std::min(start + kAttentionRange, a.keys), part.partial = partial;
+            work.parts.push_back(part);
+            partial += a.tokens * a.group * attention_partial(a.d);
+        }
+        *whole++ = a;
+    }
+    work.items.erase(whole, work.items.end());
+    run_all(work.parts, work.order, attention);
+    run_all(work.items, work.order, join_ranges);
+}
+
+template <class T>
+void run(Work<AttentionArgs<T, T>>& work) {
+    const auto& kernels = isa().typed(static_cast<T*>(nullptr));
+    run(work, kernels.attention, kernels.join_ranges);
 }
 
 // Calls add(first, count) for near-equal pieces of `tokens`, each of at most `most` rows of `group`.
@@ -50,7 +107,7 @@ void paged(const Array& q, const Array& k_cache, const Array& v_cache, const Arr
            const Array& lens, float scale, const Array& out) {
     const int64_t heads = q.shape[1], d = q.shape[2], kv_heads = k_cache.shape[1], block_size = k_cache.shape[3];
     const int64_t group = heads / kv_heads, stride = kv_heads * d * block_size;
-    std::vector<AttentionArgs<T>> items;
+    auto& work = begin_work<AttentionArgs<T, T>>();
     for (int64_t s = 0; s < lens.shape[0]; ++s) {
         const int64_t row = starts.as<int32_t>()[s], count = starts.as<int32_t>()[s + 1] - row;
         if (count == 0) continue;
@@ -67,7 +124,7 @@ void paged(const Array& q, const Array& k_cache, const Array& v_cache, const Arr
                 reject("block_tables" + index, "0.." + std::to_string(k_cache.shape[0] - 1), std::to_string(table[i]));
         for (int64_t h = 0; h < kv_heads; ++h) {
             cut(count, group, [&](int64_t first, int64_t tokens) {
-                AttentionArgs<T> a{};
+                AttentionArgs<T, T> a{};
                 a.q = q.as<T>() + (row + first) * q.strides[0] + h * group * q.strides[1];
                 a.q_token = q.strides[0], a.q_head = q.strides[1];
                 a.out = out.as<T>() + ((row + first) * heads + h * group) * d;
@@ -79,12 +136,12 @@ void paged(const Array& q, const Array& k_cache, const Array& v_cache, const Arr
                 a.k = k_cache.as<T>() + h * d * block_size;
                 a.v = v_cache.as<T>() + h * d * block_size;
                 a.blocks = table, a.block_stride = stride, a.block_size = block_size;
-                items.push_back(a);
+                work.items.push_back(a);
             });
         }
     }
     pybind11::gil_scoped_release release;
-    run(items);
+    run(work);
 }
 
 void paged_attention(const Array& q, const Array& k_cache, const Array& v_cache, const Array& tables,
@@ -111,12 +168,12 @@ void paged_attention(const Array& q, const Array& k_cache, const Array& v_cache,
 template <class T>
 void varlen(const Array& q, const Array& k, const Array& v, const Array& starts, float scale, const Array& out) {
     const int64_t heads = q.shape[1], d = q.shape[2];
-    std::vector<AttentionArgs<T>> items;
+    auto& work = begin_work<AttentionArgs<T, T>>();
     for (int64_t s = 0; s + 1 < starts.shape[0]; ++s) {
         const int64_t row = starts.as<int32_t>()[s], count = starts.as<int32_t>()[s + 1] - row;
         for (int64_t h = 0; h < heads; ++h) {
             cut(count, 1, [&](int64_t first, int64_t tokens) {
-                AttentionArgs<T> a{};
+                AttentionArgs<T, T> a{};
                 a.q = q.as<T>() + (row + first) * q.strides[0] + h * q.strides[1];
                 a.q_token = q.strides[0], a.q_head = q.strides[1];
                 a.out = out.as<T>() + ((row + first) * heads + h) * d;
@@ -126,12 +183,12 @@ void varlen(const Array& q, const Array& k, const Array& v, const Array& starts,
                 a.k = k.as<T>() + row * k.strides[0] + h * k.strides[1];
                 a.v = v.as<T>() + row * v.strides[0] + h * v.strides[1];
                 a.k_key = k.strides[0], a.v_key = v.strides[0];
-                items.push_back(a);
+                work.items.push_back(a);
             });
         }
     }
     pybind11::gil_scoped_release release;
-    run(items);
+    run(work);
 }
 
 void varlen_attention(const Array& q, const Array& k, const Array& v, const Array& starts, float scale,
