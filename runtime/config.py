@@ -9,6 +9,7 @@ from typing import Literal
 from pagemill.errors import ConfigError
 
 KernelChoice = Literal["auto", "reference", "native", "triton"]
+WeightCache = Literal["auto", "on", "off"]
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,9 @@ class EngineConfig:
     """float32, bfloat16, or auto: the checkpoint's own (bfloat16 for one stored in float16)."""
     kernels: KernelChoice = "auto"
     """Which kernel implementations to use; `Engine.describe` tells what was chosen."""
+    weight_cache: WeightCache = "auto"
+    """Keep the packed weights in the user's cache folder (PAGEMILL_CACHE_DIR), to be mapped by later starts: auto does for
+    checkpoints of 1 GB or more that run on the CPU. `Engine.describe` tells whether they came from there."""
     max_num_seqs: int = 32
     """Most pages in the batch at once (concurrency)."""
     max_step_tokens: int = 2048
@@ -49,6 +53,8 @@ class EngineConfig:
             refuse("dtype", "auto, float32 or bfloat16")
         if self.kernels not in ("auto", "reference", "native", "triton"):
             refuse("kernels", "auto, reference, native or triton")
+        if self.weight_cache not in ("auto", "on", "off"):
+            refuse("weight_cache", "auto, on or off")
         for name in (
             "max_num_seqs",
             "max_step_tokens",

@@ -209,7 +209,8 @@ class Engine:
                 raise CheckpointError(
                     f"{folder}: config.json has {name_in_both} {ours}, the image settings have {theirs}"
                 )
-        model = load_model(folder, model_config, kernels.select(config.kernels, device, dtype), device, dtype)
+        chosen = kernels.select(config.kernels, device, dtype)
+        model = load_model(folder, model_config, chosen, device, dtype, config.weight_cache)
         page_format = PageFormat(
             profile.keys,
             profile.key_order,
@@ -394,6 +395,7 @@ class Engine:
             "device": str(core.model.vision.device),
             "dtype": str(core.model.vision.dtype).removeprefix("torch."),
             "kernels": core.model.decoder.kernels.describe(),
+            "weights": core.model.weights,
             "layers": text.num_layers,
             "vocabulary": text.vocab_size,
             "max_model_len": core.max_model_len,

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import torch
 
+from pagemill.config import WeightCache
 from pagemill.errors import CheckpointError
 from pagemill.kernels import Kernels
+from pagemill.model import packed
 from pagemill.model.config import ModelConfig
 from pagemill.model.decoder import Decoder
 from pagemill.model.vision import VisionTower
@@ -27,6 +29,10 @@ class Model:
     config: ModelConfig
     vision: VisionTower
     decoder: Decoder
+    weights: str = "packed at start"
+    """Where the packed weights came from, and whether they are kept."""
+    mapped_bytes: int = 0
+    """Bytes of the file that backs them: memory that the system counts as free, but that the model needs."""
 
 
 def find_checkpoint(name: str) -> Path:
@@ -79,13 +85,26 @@ def _download(repo_id: str) -> Path:
 
 
 def load_model(
-    folder: Path, config: ModelConfig, kernels: Kernels, device: torch.device, dtype: torch.dtype
+    folder: Path,
+    config: ModelConfig,
+    kernels: Kernels,
+    device: torch.device,
+    dtype: torch.dtype,
+    weight_cache: WeightCache = "off",
 ) -> Model:
-    """Read a folder's weights into a model, each tensor once; peak memory is the packed weights plus one matrix."""
-    weights = Checkpoint(folder, config)
+    """Read a folder's weights into a model, each tensor once, or map the packed form that an earlier start wrote.
+
+    Peak memory is the packed weights plus one matrix. `weight_cache` is that of `EngineConfig`.
+    """
+    checkpoint = Checkpoint(folder, config)
     try:
+        path = None
+        if packed.is_wanted(weight_cache, checkpoint, device):
+            path = packed.entry(checkpoint, config, kernels, dtype)
+        weights = packed.PackedWeights(checkpoint, path)
         vision = VisionTower(config.vision, weights, kernels, device, dtype)
         decoder = Decoder(config.text, weights, kernels, device, dtype)
+        weights.keep()
     finally:
-        weights.close()
-    return Model(config, vision, decoder)
+        checkpoint.close()
+    return Model(config, vision, decoder, weights.note, weights.mapped_bytes)
