@@ -37,6 +37,23 @@ void check_first(int64_t first, int64_t rows, const Array& panels) {
         reject("first", "a multiple of 32 whose rows fit the panels", std::to_string(first));
 }
 
+// One panel, from `count` rows of k features. A stripe of every row is staged first: rows lie a power of two apart as a rule, so
+// that reading down a column would put all of them into one set of the cache.
+template <class T>
+void pack_panel(const T* w, int64_t ld, int64_t count, int64_t k, T* panel) {
+    constexpr int64_t kStep = kPerStep<T>, kStripe = 128 / sizeof(T);
+    T stripe[kPanel][kStripe];
+    for (int64_t c = 0; c < k; c += kStripe) {
+        const int64_t width = std::min(kStripe, k - c);
+        if (count < kPanel || width < kStripe) std::fill(&stripe[0][0], &stripe[0][0] + kPanel * kStripe, T{});
+        for (int64_t r = 0; r < count; ++r) std::copy(w + r * ld + c, w + r * ld + c + width, stripe[r]);
+        T* to = panel + c / kStep * kPanel * kStep;
+        for (int64_t s = 0; s < ceil_div(width, kStep); ++s)
+            for (int64_t r = 0; r < kPanel; ++r)
+                for (int64_t i = 0; i < kStep; ++i) *to++ = stripe[r][s * kStep + i];
+    }
+}
+
 template <class T>
 void pack(const Array& weight, int64_t first, const Array& panels) {
     const int64_t rows = weight.shape[0], k = weight.shape[1], ld = weight.strides[0];
@@ -45,14 +62,8 @@ void pack(const Array& weight, int64_t first, const Array& panels) {
     T* to = panels.as<T>() + first / kPanel * size;
     pybind11::gil_scoped_release release;
     parallel_for(ceil_div(rows, kPanel), 1, [&](int64_t begin, int64_t end) {
-        for (int64_t p = begin; p < end; ++p) {
-            const int64_t count = std::min<int64_t>(kPanel, rows - p * kPanel);
-            const T* w = from + p * kPanel * ld;
-            T* panel = to + p * size;
-            if (count < kPanel || k % kPerStep<T>) std::fill(panel, panel + size, T{});
-            for (int64_t c = 0; c < k; ++c)
-                for (int64_t r = 0; r < count; ++r) panel[place<T>(r, c)] = w[r * ld + c];
-        }
+        for (int64_t p = begin; p < end; ++p)
+            pack_panel(from + p * kPanel * ld, ld, std::min<int64_t>(kPanel, rows - p * kPanel), k, to + p * size);
     });
 }
 

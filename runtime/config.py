@@ -10,6 +10,7 @@ from pagemill.errors import ConfigError
 
 KernelChoice = Literal["auto", "reference", "native", "triton"]
 Quantize = Literal["none", "int8", "int4"]
+WeightCache = Literal["auto", "on", "off"]
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,9 @@ class EngineConfig:
     quantize: Quantize = "none"
     """Round the weights to fewer bits while loading: int8 (weights and activations, everywhere), or int4 (the decoder's
     weights in groups; the vision tower, the embedding and the output layer in int8)."""
+    weight_cache: WeightCache = "auto"
+    """Keep the packed weights in the user's cache folder (PAGEMILL_CACHE_DIR), to be mapped by later starts: auto does for
+    checkpoints of 1 GB or more that run on the CPU. `Engine.describe` tells whether they came from there."""
     max_num_seqs: int = 32
     """Most pages in the batch at once (concurrency)."""
     max_step_tokens: int = 2048
@@ -55,6 +59,8 @@ class EngineConfig:
             refuse("kernels", "auto, reference, native or triton")
         if self.quantize not in ("none", "int8", "int4"):
             refuse("quantize", "none, int8 or int4")
+        if self.weight_cache not in ("auto", "on", "off"):
+            refuse("weight_cache", "auto, on or off")
         for name in (
             "max_num_seqs",
             "max_step_tokens",

@@ -77,7 +77,7 @@ class EngineCore:
                 f"max_model_len {self.max_model_len} is beyond the model's {text.max_position_embeddings} positions"
             )
         per_block = block_bytes(text.num_layers, text.num_kv_heads, text.head_dim, config.block_size, dtype)
-        free = _free_memory(model.vision.device)
+        free = max(0, _free_memory(model.vision.device) - model.mapped_bytes)
         if config.kv_cache_bytes is not None and config.kv_cache_bytes > free:
             raise ConfigError(
                 f"kv_cache_bytes {config.kv_cache_bytes} is more than the {free} bytes of free memory"

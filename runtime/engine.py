@@ -210,7 +210,9 @@ class Engine:
                     f"{folder}: config.json has {name_in_both} {ours}, the image settings have {theirs}"
                 )
         chosen = kernels.select(config.kernels, device, dtype)
-        model = load_model(folder, model_config, chosen, device, dtype, config.quantize)
+        model = load_model(
+            folder, model_config, chosen, device, dtype, config.quantize, config.weight_cache
+        )
         page_format = PageFormat(
             profile.keys,
             profile.key_order,
@@ -396,6 +398,7 @@ class Engine:
             "dtype": str(core.model.vision.dtype).removeprefix("torch."),
             "quantize": core.config.quantize,
             "kernels": core.model.decoder.kernels.describe(),
+            "weights": core.model.weights,
             "layers": text.num_layers,
             "vocabulary": text.vocab_size,
             "max_model_len": core.max_model_len,

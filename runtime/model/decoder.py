@@ -13,8 +13,8 @@ from torch import Tensor
 
 from pagemill.kernels import Kernels, PackedLinear, Scheme
 from pagemill.model.config import TextConfig
+from pagemill.model.packed import PackedWeights
 from pagemill.model.rope import MRope
-from pagemill.model.weights import Checkpoint
 
 
 @dataclass
@@ -58,7 +58,7 @@ class Decoder:
     def __init__(
         self,
         config: TextConfig,
-        weights: Checkpoint,
+        weights: PackedWeights,
         kernels: Kernels,
         device: torch.device,
         dtype: torch.dtype,
@@ -68,21 +68,24 @@ class Decoder:
         self.config, self.kernels = config, kernels
 
         def vector(name: str) -> Tensor:
-            return weights.read(f"text.{name}").to(device, dtype, copy=True)
+            name = f"text.{name}"
+            return weights.packed(name, lambda: weights.read(name).to(device, dtype, copy=True))
 
         def linear(layer: int, *names: str, bias: bool = False) -> PackedLinear:
-            full = [f"text.layers.{layer}.{n}_proj" for n in names]
-            parts = [weights.read(f"{n}.weight").to(device) for n in full]
-            biases = torch.cat([weights.read(f"{n}.bias") for n in full]).to(device) if bias else None
-            return kernels.pack_linear(parts, biases, scheme=scheme)
+            return pack(*(f"text.layers.{layer}.{n}_proj" for n in names), bias=bias)
 
-        def vocabulary(name: str) -> PackedLinear:
-            return kernels.pack_linear(weights.read(name).to(device), None, scheme=vocabulary_scheme)
+        def pack(*names: str, bias: bool = False, scheme: Scheme = scheme) -> PackedLinear:
+            def make() -> PackedLinear:
+                parts = [weights.read(f"{n}.weight").to(device) for n in names]
+                biases = torch.cat([weights.read(f"{n}.bias") for n in names]).to(device) if bias else None
+                return kernels.pack_linear(parts, biases, scheme=scheme)
 
-        self.embed_tokens = vocabulary("text.embed_tokens.weight")
+            return weights.packed("+".join(names), make)
+
+        self.embed_tokens = pack("text.embed_tokens", scheme=vocabulary_scheme)
         self.lm_head = self.embed_tokens
         if not config.tie_word_embeddings:
-            self.lm_head = vocabulary("lm_head.weight")
+            self.lm_head = pack("lm_head", scheme=vocabulary_scheme)
         self.layers = [
             _Layer(
                 attention_norm=vector(f"layers.{i}.input_layernorm.weight"),

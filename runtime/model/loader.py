@@ -9,8 +9,10 @@ from pathlib import Path
 
 import torch
 
+from pagemill.config import WeightCache
 from pagemill.errors import CheckpointError
 from pagemill.kernels import Kernels, Scheme
+from pagemill.model import packed
 from pagemill.model.config import ModelConfig
 from pagemill.model.decoder import Decoder
 from pagemill.model.vision import VisionTower
@@ -27,6 +29,10 @@ class Model:
     config: ModelConfig
     vision: VisionTower
     decoder: Decoder
+    weights: str = "packed at start"
+    """Where the packed weights came from, and whether they are kept."""
+    mapped_bytes: int = 0
+    """Bytes of the file that backs them: memory that the system counts as free, but that the model needs."""
 
 
 @dataclass(frozen=True)
@@ -104,16 +110,22 @@ def load_model(
     device: torch.device,
     dtype: torch.dtype,
     quantize: str = "none",
+    weight_cache: WeightCache = "off",
 ) -> Model:
-    """Read a folder's weights into a model, each tensor once; peak memory is the packed weights plus one matrix.
+    """Read a folder's weights into a model, each tensor once, or map the packed form that an earlier start wrote.
 
-    `quantize` is that of `EngineConfig`.
+    Peak memory is the packed weights plus one matrix. `quantize` and `weight_cache` are those of `EngineConfig`.
     """
     schemes = _SCHEMES[quantize]
-    weights = Checkpoint(folder, config)
+    checkpoint = Checkpoint(folder, config)
     try:
+        path = None
+        if packed.is_wanted(weight_cache, checkpoint, device):
+            path = packed.entry(checkpoint, config, kernels, dtype, quantize)
+        weights = packed.PackedWeights(checkpoint, path)
         vision = VisionTower(config.vision, weights, kernels, device, dtype, schemes.vision)
         decoder = Decoder(config.text, weights, kernels, device, dtype, schemes.text, schemes.vocabulary)
+        weights.keep()
     finally:
-        weights.close()
-    return Model(config, vision, decoder)
+        checkpoint.close()
+    return Model(config, vision, decoder, weights.note, weights.mapped_bytes)

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from pagemill.kernels import Kernels, PackedLinear, Scheme
 from pagemill.model.config import VisionConfig
+from pagemill.model.packed import PackedWeights
 from pagemill.model.rope import Grid, vision_angles
-from pagemill.model.weights import Checkpoint
 
 _NORM_EPS = 1e-6  # fixed in the architecture, not a field of config.json
 
@@ -53,7 +53,7 @@ class VisionTower:
     def __init__(
         self,
         config: VisionConfig,
-        weights: Checkpoint,
+        weights: PackedWeights,
         kernels: Kernels,
         device: torch.device,
         dtype: torch.dtype,
@@ -62,12 +62,18 @@ class VisionTower:
         self.config, self.kernels, self.device, self.dtype = config, kernels, device, dtype
 
         def vector(name: str) -> Tensor:
-            return weights.read(f"vision.{name}").to(device, dtype, copy=True)
+            name = f"vision.{name}"
+            return weights.packed(name, lambda: weights.read(name).to(device, dtype, copy=True))
 
         def linear(*names: str, bias: bool = True, scheme: Scheme = scheme) -> PackedLinear:
-            parts = [weights.read(f"vision.{n}.weight").flatten(1).to(device) for n in names]
-            biases = torch.cat([weights.read(f"vision.{n}.bias") for n in names]).to(device) if bias else None
-            return kernels.pack_linear(parts, biases, scheme=scheme)
+            full = [f"vision.{n}" for n in names]
+
+            def make() -> PackedLinear:
+                parts = [weights.read(f"{n}.weight").flatten(1).to(device) for n in full]
+                biases = torch.cat([weights.read(f"{n}.bias") for n in full]).to(device) if bias else None
+                return kernels.pack_linear(parts, biases, scheme=scheme)
+
+            return weights.packed("+".join(full), make)
 
         self.patch_embed = linear("patch_embed.proj", bias=False, scheme="plain")
         self.blocks = [
