@@ -13,7 +13,7 @@ namespace {
 constexpr int64_t kRowBlock = 96;   // rows of x staged at a time: with a panel they fit the L2 cache
 constexpr int64_t kSmall = 1 << 17; // multiply-adds below which waking a thread costs more than it brings
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+int64_t ceil_div(int64_t a, int64_t b) { return a / b + (a % b > 0); }
 
 // The element type of a panel, and k's in a step: see LinearArgs.
 template <class T>
@@ -26,8 +26,9 @@ int64_t place(int64_t r, int64_t c) {
 }
 
 DType check_panels(const Array& panels, int64_t count, int64_t k) {
-    if (panels.dtype == DType::bfloat16) check(panels, "panels", {DType::bfloat16}, {count, (k + 1) / 2, kPanel, 2});
+    if (panels.dtype == DType::bfloat16) check(panels, "panels", {DType::bfloat16}, {count, ceil_div(k, 2), kPanel, 2});
     else check(panels, "panels", {DType::float32}, {count, k, kPanel});
+    if (reinterpret_cast<uintptr_t>(panels.data) % 4) reject("panels", "an address that is a multiple of 4", "another");
     return panels.dtype;
 }
 
@@ -55,8 +56,11 @@ void pack_panels(const Array& weight, int64_t first, const Array& panels) {
     check(weight, "weight", {DType::float32, DType::bfloat16}, {kAny, kAny}, Layout::rows);
     const DType dtype = check_panels(panels, kAny, weight.shape[1]);
     check(weight, "weight", {dtype}, {kAny, kAny}, Layout::rows);
-    if (first < 0 || first % kPanel || ceil_div(first + weight.shape[0], kPanel) > panels.shape[0])
+    check_written(panels, "panels", {{"weight", weight}});
+    if (first < 0 || first % kPanel || first / kPanel > panels.shape[0] ||
+        ceil_div(weight.shape[0], kPanel) > panels.shape[0] - first / kPanel)
         reject("first", "a multiple of 32 whose rows fit the panels", std::to_string(first));
+    if (weight.size() == 0) return;
     if (dtype == DType::float32) pack<float>(weight, first, panels);
     else pack<bf16>(weight, first, panels);
 }
@@ -89,11 +93,9 @@ void linear(const Array& x, int64_t in_features, const Array& panels, const pybi
     check(out, "out", {dtype, DType::float32}, {x.shape[0], kAny});
     const int64_t m = x.shape[0], n = out.shape[1];
     if (ceil_div(n, kPanel) != count) reject("out", "columns that fill the panels", std::to_string(n));
-    Array b;
-    if (!bias.is_none()) {
-        b = bias.cast<Array>();
-        check(b, "bias", {DType::float32}, {count * kPanel});
-    }
+    const Array b = optional_array(bias);
+    if (!bias.is_none()) check(b, "bias", {DType::float32}, {count * kPanel});
+    check_written(out, "out", {{"x", x}, {"panels", panels}, {"bias", b}});
     if (in_features < 1) reject("x", "at least one column", std::to_string(in_features));
     if (m == 0 || n == 0) return;
     if (dtype == DType::float32) run<float>(x, panels, b.as<float>(), out);
@@ -116,8 +118,10 @@ void gather(const Array& ids, const Array& panels, const Array& out) {
 
 void embed(const Array& ids, const Array& panels, int64_t n, const Array& out) {
     check(ids, "ids", {DType::int64}, {kAny});
+    if (n < 0) reject("n", "a number >= 0", std::to_string(n));
     check(out, "out", {panels.dtype}, {ids.shape[0], kAny});
     const DType dtype = check_panels(panels, ceil_div(n, kPanel), out.shape[1]);
+    check_written(out, "out", {{"ids", ids}, {"panels", panels}});
     for (int64_t t = 0; t < ids.shape[0]; ++t) {
         const int64_t id = ids.as<int64_t>()[t];
         if (id < 0 || id >= n) reject("ids", "0.." + std::to_string(n - 1), std::to_string(id));
