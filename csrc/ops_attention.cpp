@@ -159,6 +159,8 @@ void paged_attention(const Array& q, const Array& k_cache, const Array& v_cache,
     check(tables, "block_tables", {DType::int32}, {lens.shape[0], kAny}, Layout::rows);
     check(starts, "query_start", {DType::int32}, {lens.shape[0] + 1});
     check(out, "out", {q.dtype}, {q.shape[0], heads, d});
+    check_written(out, "out", {{"q", q}, {"k_cache", k_cache}, {"v_cache", v_cache}, {"block_tables", tables},
+                               {"query_start", starts}, {"context_lens", lens}});
     check_starts(starts, "query_start", q.shape[0]);
     if (heads == 0) return;
     if (q.dtype == DType::float32) paged<float>(q, k_cache, v_cache, tables, starts, lens, scale, out);
@@ -199,6 +201,7 @@ void varlen_attention(const Array& q, const Array& k, const Array& v, const Arra
     check(v, "v", {q.dtype}, {tokens, heads, d}, Layout::rows);
     check(starts, "cu_seqlens", {DType::int32}, {kAny});
     check(out, "out", {q.dtype}, {tokens, heads, d});
+    check_written(out, "out", {{"q", q}, {"k", k}, {"v", v}, {"cu_seqlens", starts}});
     check_starts(starts, "cu_seqlens", tokens);
     if (d < 1 || d > kMaxHeadDim) reject("q", "a head_dim of 1..256", std::to_string(d));
     if (q.dtype == DType::float32) varlen<float>(q, k, v, starts, scale, out);

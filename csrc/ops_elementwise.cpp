@@ -11,6 +11,7 @@ namespace pagemill {
 namespace {
 
 constexpr auto kFloats = {DType::float32, DType::bfloat16};
+constexpr int64_t kMaxHeads = 1 << 20;
 constexpr int64_t kGrain = 16384;  // elements of a chunk: some microseconds
 
 int64_t rows_of(int64_t width) { return std::max<int64_t>(1, kGrain / std::max<int64_t>(width, 1)); }
@@ -25,10 +26,15 @@ void by_type(const Array& a, const F& f) {
 void norm(const Array& x, const Array* residual, const Array& weight, float eps, const Array& out) {
     check(x, "x", kFloats, {kAny, kAny}, Layout::rows);
     const int64_t m = x.shape[0], h = x.shape[1];
-    if (residual) check(*residual, "residual", {x.dtype}, {m, h}, Layout::rows);
     check(weight, "weight", {x.dtype}, {h});
     check(out, "out", {x.dtype}, {m, h});
+    if (residual) {
+        check(*residual, "residual", {x.dtype}, {m, h}, Layout::rows);
+        check_written(*residual, "residual", {{"x", x}, {"weight", weight}, {"out", out}});
+    }
+    check_written(out, "out", {{"x", x}, {"weight", weight}});
     if (!(eps >= 0)) reject("eps", "a number >= 0", std::to_string(eps));
+    if (out.size() == 0) return;
     by_type(x, [&](auto* t) {
         using T = std::remove_pointer_t<decltype(t)>;
         const NormArgs<T> args{x.as<T>(), x.strides[0], residual ? residual->as<T>() : nullptr,
@@ -50,6 +56,8 @@ void swiglu(const Array& gate_up, const Array& out) {
     const int64_t m = gate_up.shape[0], width = gate_up.shape[1] / 2;
     if (gate_up.shape[1] % 2) reject("gate_up", "an even number of columns", std::to_string(gate_up.shape[1]));
     check(out, "out", {gate_up.dtype}, {m, width});
+    check_written(out, "out", {{"gate_up", gate_up}});
+    if (out.size() == 0) return;
     by_type(gate_up, [&](auto* t) {
         using T = std::remove_pointer_t<decltype(t)>;
         const auto& kernels = isa().typed(t);
@@ -63,6 +71,7 @@ void swiglu(const Array& gate_up, const Array& out) {
 void gelu(const Array& x, const Array& out) {
     check(x, "x", kFloats, {kAny, kAny});
     check(out, "out", {x.dtype}, {x.shape[0], x.shape[1]});
+    check_written(out, "out", {{"x", x}});
     by_type(x, [&](auto* t) {
         using T = std::remove_pointer_t<decltype(t)>;
         const auto& kernels = isa().typed(t);
@@ -89,6 +98,8 @@ void rotate(const RotaryArgs<T>& args, int64_t tokens) {
 void rotary(const Array& x, const Array& cos, const Array& sin) {
     check(x, "x", kFloats, {kAny, kAny, kAny}, Layout::rows);
     check_angles(cos, sin, x.shape[0], x.shape[2]);
+    check_written(x, "x", {{"cos", cos}, {"sin", sin}});
+    if (x.size() == 0) return;
     by_type(x, [&](auto* t) {
         using T = std::remove_pointer_t<decltype(t)>;
         rotate(RotaryArgs<T>{x.as<T>(), x.strides[0], x.strides[1], cos.as<float>(), sin.as<float>(), x.shape[2] / 2,
@@ -99,18 +110,23 @@ void rotary(const Array& x, const Array& cos, const Array& sin) {
 
 void rotary_cache(const Array& qkv, const Array& cos, const Array& sin, const Array& slots, const Array& k_cache,
                   const Array& v_cache, int64_t heads, int64_t kv_heads) {
+    if (std::min(heads, kv_heads) < 0 || std::max(heads, kv_heads) > kMaxHeads)
+        reject("num_heads", "numbers in 0..2^20", std::to_string(heads) + " and " + std::to_string(kv_heads));
     check(k_cache, "k_cache", kFloats, {kAny, kv_heads, kAny, kAny});
     const int64_t blocks = k_cache.shape[0], d = k_cache.shape[2], block_size = k_cache.shape[3];
     check(v_cache, "v_cache", {k_cache.dtype}, {blocks, kv_heads, block_size, d});
-    if (heads < 0 || kv_heads < 0) reject("num_heads", "a number >= 0", std::to_string(std::min(heads, kv_heads)));
     check(qkv, "qkv", {k_cache.dtype}, {kAny, (heads + 2 * kv_heads) * d}, Layout::rows);
     const int64_t tokens = qkv.shape[0];
     check_angles(cos, sin, tokens, d);
     check(slots, "slots", {DType::int64}, {tokens});
+    check_written(qkv, "qkv", {{"cos", cos}, {"sin", sin}, {"slots", slots}});
+    check_written(k_cache, "k_cache", {{"qkv", qkv}, {"cos", cos}, {"sin", sin}, {"slots", slots}});
+    check_written(v_cache, "v_cache", {{"qkv", qkv}, {"cos", cos}, {"sin", sin}, {"slots", slots}, {"k_cache", k_cache}});
     const int64_t* slot = slots.as<int64_t>();
     for (int64_t t = 0; t < tokens; ++t)
         if (slot[t] < -1 || slot[t] >= blocks * block_size)
             reject("slots", "-1.." + std::to_string(blocks * block_size - 1), std::to_string(slot[t]));
+    if (qkv.size() == 0) return;
     by_type(qkv, [&](auto* p) {
         using T = std::remove_pointer_t<decltype(p)>;
         rotate(RotaryArgs<T>{qkv.as<T>(), qkv.strides[0], d, cos.as<float>(), sin.as<float>(), d / 2, heads, kv_heads,
@@ -123,13 +139,12 @@ void greedy(const Array& logits, const pybind11::object& mask, const Array& toke
     check(logits, "logits", {DType::float32}, {kAny, kAny}, Layout::rows);
     const int64_t rows = logits.shape[0], n = logits.shape[1];
     if (n == 0) reject("logits", "at least one column", "0");
-    Array m;
-    if (!mask.is_none()) {
-        m = mask.cast<Array>();
-        check(m, "mask", {DType::int32}, {rows, (n + 31) / 32}, Layout::rows);
-    }
+    const Array m = optional_array(mask);
+    if (!mask.is_none()) check(m, "mask", {DType::int32}, {rows, (n + 31) / 32}, Layout::rows);
     check(token, "token", {DType::int64}, {rows});
     check(logprob, "logprob", {DType::float32}, {rows});
+    check_written(token, "token", {{"logits", logits}, {"mask", m}});
+    check_written(logprob, "logprob", {{"logits", logits}, {"mask", m}, {"token", token}});
     const Isa& kernels = isa();
     pybind11::gil_scoped_release release;
     parallel_for(rows, std::max<int64_t>(1, rows_of(n) / 4), [&](int64_t begin, int64_t end) {

@@ -14,7 +14,7 @@ namespace {
 
 constexpr int64_t kSmall = 1 << 17; // multiply-adds below which waking a thread costs more than it brings
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+int64_t ceil_div(int64_t a, int64_t b) { return a / b + (a % b > 0); }
 
 // The element type of a panel, and k's in a step: see LinearArgs.
 template <class T>
@@ -27,13 +27,15 @@ int64_t place(int64_t r, int64_t c) {
 }
 
 DType check_panels(const Array& panels, int64_t count, int64_t k) {
-    if (panels.dtype == DType::bfloat16) check(panels, "panels", {DType::bfloat16}, {count, (k + 1) / 2, kPanel, 2});
+    if (panels.dtype == DType::bfloat16) check(panels, "panels", {DType::bfloat16}, {count, ceil_div(k, 2), kPanel, 2});
     else check(panels, "panels", {DType::float32}, {count, k, kPanel});
+    if (reinterpret_cast<uintptr_t>(panels.data) % 4) reject("panels", "an address that is a multiple of 4", "another");
     return panels.dtype;
 }
 
 void check_first(int64_t first, int64_t rows, const Array& panels) {
-    if (first < 0 || first % kPanel || ceil_div(first + rows, kPanel) > panels.shape[0])
+    if (first < 0 || first % kPanel || first / kPanel > panels.shape[0] ||
+        ceil_div(rows, kPanel) > panels.shape[0] - first / kPanel)
         reject("first", "a multiple of 32 whose rows fit the panels", std::to_string(first));
 }
 
@@ -72,15 +74,18 @@ void pack_panels(const Array& weight, int64_t first, const Array& panels) {
     check(weight, "weight", {DType::float32, DType::bfloat16}, {kAny, kAny}, Layout::rows);
     const DType dtype = check_panels(panels, kAny, weight.shape[1]);
     check(weight, "weight", {dtype}, {kAny, kAny}, Layout::rows);
+    check_written(panels, "panels", {{"weight", weight}});
     check_first(first, weight.shape[0], panels);
+    if (weight.size() == 0) return;
     if (dtype == DType::float32) pack<float>(weight, first, panels);
     else pack<bf16>(weight, first, panels);
 }
 
 // Where a linear layer's result goes, checked, and how its work is cut.
 template <class T>
-void set_out(LinearOut<T>& args, const Array& x, int64_t count, const pybind11::object& bias, const Array& out, bool add,
-             bool gated) {
+void set_out(LinearOut<T>& args, const Array& x, const Array& panels, const pybind11::object& bias, const Array& out,
+             bool add, bool gated) {
+    const int64_t count = panels.shape[0];
     if (add) check(out, "residual", {x.dtype}, {x.shape[0], kAny}, Layout::rows);
     else check(out, "out", {x.dtype, DType::float32}, {x.shape[0], kAny});
     args.m = x.shape[0], args.n = out.shape[1], args.k = x.shape[1], args.gated = gated;
@@ -90,11 +95,9 @@ void set_out(LinearOut<T>& args, const Array& x, int64_t count, const pybind11::
     if (add) args.residual = out.as<T>(), args.ldr = out.strides[0];
     else if (out.dtype == x.dtype) args.out = out.as<T>();
     else args.out_wide = out.as<float>();
-    if (!bias.is_none()) {
-        const Array b = bias.cast<Array>();  // lives as long as `bias` does
-        check(b, "bias", {DType::float32}, {count * kPanel});
-        args.bias = b.as<float>();
-    }
+    const Array b = optional_array(bias);  // lives as long as `bias` does
+    if (!bias.is_none()) check(b, "bias", {DType::float32}, {count * kPanel}), args.bias = b.as<float>();
+    check_written(out, add ? "residual" : "out", {{"x", x}, {"panels", panels}, {"bias", b}});
     args.panels_count = count;
 }
 
@@ -123,7 +126,7 @@ void linear(const Array& x, int64_t in_features, const Array& panels, const pybi
     by_type(x, [&](auto* t) {
         using T = std::remove_pointer_t<decltype(t)>;
         LinearArgs<T> args{};
-        set_out(args, x, panels.shape[0], bias, out, add, gated);
+        set_out(args, x, panels, bias, out, add, gated);
         if (args.m == 0 || args.n == 0) return;
         args.x = x.as<T>(), args.ldx = x.strides[0];
         args.panels = panels.as<T>();
@@ -184,15 +187,14 @@ int64_t check_quantized(const Array& panels, const Array& scales, const Array* z
 void qlinear(const Array& x, int64_t in_features, const Array& panels, const Array& scales,
              const pybind11::object& zeros, int64_t group, const pybind11::object& bias, const Array& out, bool add,
              bool gated) {
-    Array z;
-    if (!zeros.is_none()) z = zeros.cast<Array>();
+    const Array z = optional_array(zeros);
     const Array* nibbles = zeros.is_none() ? nullptr : &z;
-    const int64_t count = check_quantized(panels, scales, nibbles, in_features, group);
+    check_quantized(panels, scales, nibbles, in_features, group);
     check(x, "x", {DType::float32, DType::bfloat16}, {kAny, in_features}, Layout::rows);
     by_type(x, [&](auto* t) {
         using T = std::remove_pointer_t<decltype(t)>;
         QLinearArgs<T> args{};
-        set_out(args, x, count, bias, out, add, gated);
+        set_out(args, x, panels, bias, out, add, gated);
         if (args.m == 0 || args.n == 0) return;
         args.panels = panels.as<uint8_t>(), args.scales = scales.as<float>();
         if (nibbles) args.zeros = z.as<uint8_t>();
@@ -210,12 +212,15 @@ void qlinear(const Array& x, int64_t in_features, const Array& panels, const Arr
 void pack_quantized(const Array& weight, int64_t first, int64_t group, const Array& panels, const Array& scales,
                     const pybind11::object& zeros) {
     check(weight, "weight", {DType::float32, DType::bfloat16}, {kAny, kAny}, Layout::rows);
-    Array z;
-    if (!zeros.is_none()) z = zeros.cast<Array>();
+    const Array z = optional_array(zeros);
     const Array* nibbles = zeros.is_none() ? nullptr : &z;
     const int64_t rows = weight.shape[0], k = weight.shape[1];
     check_quantized(panels, scales, nibbles, k, group);
+    check_written(panels, "panels", {{"weight", weight}});
+    check_written(scales, "scales", {{"weight", weight}, {"panels", panels}});
+    if (nibbles) check_written(z, "zeros", {{"weight", weight}, {"panels", panels}, {"scales", scales}});
     check_first(first, rows, panels);
+    if (rows == 0) return;
     by_type(weight, [&](auto* t) {
         using T = std::remove_pointer_t<decltype(t)>;
         const T* w = weight.as<T>();
@@ -251,6 +256,7 @@ void gather(const Array& ids, const Array& panels, const Array& out) {
 
 void check_ids(const Array& ids, int64_t n) {
     check(ids, "ids", {DType::int64}, {kAny});
+    if (n < 0) reject("n", "a number >= 0", std::to_string(n));
     for (int64_t t = 0; t < ids.shape[0]; ++t) {
         const int64_t id = ids.as<int64_t>()[t];
         if (id < 0 || id >= n) reject("ids", "0.." + std::to_string(n - 1), std::to_string(id));
@@ -258,20 +264,22 @@ void check_ids(const Array& ids, int64_t n) {
 }
 
 void embed(const Array& ids, const Array& panels, int64_t n, const Array& out) {
+    check_ids(ids, n);
     check(out, "out", {panels.dtype}, {ids.shape[0], kAny});
     const DType dtype = check_panels(panels, ceil_div(n, kPanel), out.shape[1]);
-    check_ids(ids, n);
+    check_written(out, "out", {{"ids", ids}, {"panels", panels}});
     if (dtype == DType::float32) gather<float>(ids, panels, out);
     else gather<bf16>(ids, panels, out);
 }
 
 // Rows of a matrix of bytes, as they are multiplied with: (w - 128) * scale.
 void embed_int8(const Array& ids, const Array& panels, const Array& scales, int64_t n, const Array& out) {
+    check_ids(ids, n);
     check(out, "out", {DType::float32, DType::bfloat16}, {ids.shape[0], kAny});
+    check_written(out, "out", {{"ids", ids}, {"panels", panels}, {"scales", scales}});
     const int64_t tokens = out.shape[0], k = out.shape[1];
     if (check_quantized(panels, scales, nullptr, k, 0) != ceil_div(n, kPanel))
         reject("panels", std::to_string(ceil_div(n, kPanel)) + " panels", std::to_string(panels.shape[0]));
-    check_ids(ids, n);
     const int64_t* id = ids.as<int64_t>();
     by_type(out, [&](auto* t) {
         using T = std::remove_pointer_t<decltype(t)>;
