@@ -9,7 +9,7 @@
 
 template <class T>
 constexpr TypedKernels<T> typed_table() {
-    return {&linear<T>, &rms_norm<T>, &swiglu<T>, &gelu<T>, &rotary<T>, &attention<T>};
+    return {&linear<T>, &rms_norm<T>, &swiglu<T>, &gelu<T>, &rotary<T>, &attention<T>, &pixel_values<T>};
 }
 
 constexpr Isa table(const char* name) { return {name, &greedy, &patchify, typed_table<float>(), typed_table<bf16>()}; }

@@ -93,7 +93,9 @@ class Runner:
 
     def _encode_together(self, encode: list[tuple[Sequence, SequenceImage]]) -> None:
         started = time.perf_counter()
-        embeddings = self.model.vision([(torch.from_numpy(image.patches), image.grid) for _, image in encode])
+        embeddings = self.model.vision(
+            [(torch.from_numpy(image.patches), torch.tensor(image.levels), image.grid) for _, image in encode]
+        )
         seconds = time.perf_counter() - started
         self.encode_s += seconds
         patches = sum(len(image.patches) for _, image in encode)
