@@ -105,9 +105,9 @@ inline const char* dtype_name(DType dtype) {
     switch (dtype) {
         case DType::float32: return "float32";
         case DType::bfloat16: return "bfloat16";
+        case DType::uint8: return "uint8";
         case DType::int32: return "int32";
         case DType::int64: return "int64";
-        case DType::uint8: return "uint8";
         default: return "another dtype";
     }
 }

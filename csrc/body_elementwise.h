@@ -87,6 +87,20 @@ PM_KERNEL void rotary(const RotaryArgs<T>& p, int64_t begin, int64_t end) {
     }
 }
 
+template <class T>
+PM_KERNEL void pixel_values(const PixelArgs<T>& p, int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+        const uint8_t* from = p.patches + p.order[row] * p.channels * p.area;
+        T* to = p.out + row * p.channels * p.moments * p.area;
+        for (int64_t c = 0; c < p.channels; ++c, from += p.area, to += p.moments * p.area) {
+            const T* levels = p.levels + c * 256;
+            for (int64_t i = 0; i < p.area; ++i) to[i] = levels[from[i]];
+            // A still page is the same at every moment.
+            for (int64_t t = 1; t < p.moments; ++t) memcpy(to + t * p.area, to, p.area * sizeof(T));
+        }
+    }
+}
+
 // Lanes whose bit is set in `mask`, from bit i on; W divides 32, so that they lie in one word.
 PM_INLINE I allowed(const uint32_t* mask, int64_t i) {
     return ((I{} + static_cast<int32_t>(mask[i / 32] >> (i % 32))) >> iota() & 1) != 0;

@@ -120,10 +120,8 @@ constexpr int kStripAlign = 64;             // bytes that planar rows of working
 // A page to patches; the contract is in kernels/patchify.py.
 struct PatchifyArgs {
     const uint8_t* rgb;   // [y.in, x.in, 3]
-    float* patches;       // [y.out / patch * x.out / patch, 3 * temporal * patch * patch]
-    uint8_t* pixels;      // [3, y.out, x.out]: the resized page
-    const float* lookup;  // [3, 256]: byte to normalised value, a channel each
-    int patch, merge, temporal;
+    uint8_t* patches;     // [y.out / patch * x.out / patch, 3 * patch * patch]
+    int patch, merge;
     ResizeAxis x, y;
     bool vertical_first, vertical_second;  // at most one; neither where the height stays
     // Working memory, in rows of `stride` bytes: [3][x.out] and padding.
@@ -145,6 +143,16 @@ struct Blocking {
 };
 constexpr Blocking kVectorBlocking{96, 8};  // a piece of x, one of a panel, and the sums fit the L2 cache
 
+// Patch bytes to the values that a vision tower reads; the contract is in kernels/pixels.py.
+template <class T>
+struct PixelArgs {
+    const uint8_t* patches;  // [*, channels * area]
+    const int64_t* order;    // the patch of each row
+    const T* levels;         // [channels, 256]
+    T* out;                  // [*, channels * moments * area]
+    int64_t channels, moments, area;
+};
+
 template <class T>
 struct TypedKernels {
     void (*linear)(const LinearArgs<T>&, int64_t begin, int64_t end);
@@ -164,6 +172,7 @@ struct TypedKernels {
     void (*rotary)(const RotaryArgs<T>&, int64_t begin, int64_t end);
     void (*attention)(const AttentionArgs<T, T>&);
     void (*join_ranges)(const AttentionArgs<T, T>&);
+    void (*pixel_values)(const PixelArgs<T>&, int64_t begin, int64_t end);
 };
 
 struct Isa {

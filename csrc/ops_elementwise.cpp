@@ -135,6 +135,31 @@ void rotary_cache(const Array& qkv, const Array& cos, const Array& sin, const Ar
     });
 }
 
+void pixel_values(const Array& patches, const Array& order, const Array& levels, int64_t moments, const Array& out) {
+    check(levels, "levels", kFloats, {kAny, 256});
+    const int64_t channels = levels.shape[0];
+    check(patches, "patches", {DType::uint8}, {kAny, kAny});
+    const int64_t count = patches.shape[0], width = patches.shape[1];
+    if (channels == 0 || width % channels)
+        reject("patches", "columns that " + std::to_string(channels) + " channels share", std::to_string(width));
+    if (moments < 1) reject("moments", "a number >= 1", std::to_string(moments));
+    check(order, "order", {DType::int64}, {kAny});
+    const int64_t rows = order.shape[0];
+    check(out, "out", {levels.dtype}, {rows, width * moments});
+    for (int64_t i = 0; i < rows; ++i)
+        if (const int64_t at = order.as<int64_t>()[i]; at < 0 || at >= count)
+            reject("order", "0.." + std::to_string(count - 1), std::to_string(at));
+    by_type(levels, [&](auto* t) {
+        using T = std::remove_pointer_t<decltype(t)>;
+        const PixelArgs<T> args{patches.as<uint8_t>(), order.as<int64_t>(), levels.as<T>(), out.as<T>(),
+                                channels, moments, width / channels};
+        const auto& kernels = isa().typed(t);
+        pybind11::gil_scoped_release release;
+        parallel_for(rows, rows_of(width * moments),
+                     [&](int64_t begin, int64_t end) { kernels.pixel_values(args, begin, end); });
+    });
+}
+
 void greedy(const Array& logits, const pybind11::object& mask, const Array& token, const Array& logprob) {
     check(logits, "logits", {DType::float32}, {kAny, kAny}, Layout::rows);
     const int64_t rows = logits.shape[0], n = logits.shape[1];
@@ -164,6 +189,7 @@ void bind_elementwise(pybind11::module_& m) {
     m.def("gelu", &gelu);
     m.def("rotary", &rotary);
     m.def("rotary_cache", &rotary_cache);
+    m.def("pixel_values", &pixel_values);
     m.def("greedy", &greedy);
 }
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import pagemill._native as _native
 from pagemill.errors import KernelUnavailable
-from pagemill.kernels import activation, attention, linear, norm, rotary, sampling
+from pagemill.kernels import activation, attention, linear, norm, pixels, rotary, sampling
 from pagemill.kernels.attention import kv_cache_shapes
 from pagemill.kernels.linear import PackedLinear, Scheme
 
@@ -91,6 +91,7 @@ class Kernels:
     rotary_cache: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, int, int], Tensor]
     paged_attention: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float], Tensor]
     varlen_attention: Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor]
+    pixel_values: Callable[[Tensor, Tensor, Tensor, int, Tensor], None]
     greedy: GreedyOp
     implementations: Mapping[str, str]
 
@@ -111,6 +112,7 @@ _OPS = (
     "rotary_cache",
     "paged_attention",
     "varlen_attention",
+    "pixel_values",
     "greedy",
 )
 
@@ -131,6 +133,7 @@ def _reference(dtype: torch.dtype) -> Kernels:
         rotary_cache=rotary.rotary_cache_reference,
         paged_attention=attention.paged_attention_reference,
         varlen_attention=attention.varlen_attention_reference,
+        pixel_values=pixels.pixel_values_reference,
         greedy=sampling.greedy_reference,
         implementations=dict.fromkeys(_OPS, "reference (torch)"),
     )
@@ -154,6 +157,7 @@ def _native_over(reference: Kernels, dtype: torch.dtype) -> Kernels:
         rotary_cache=rotary.rotary_cache_native,
         paged_attention=attention.paged_attention_native,
         varlen_attention=attention.varlen_attention_native,
+        pixel_values=pixels.pixel_values_native,
         greedy=sampling.greedy_native,
         implementations=dict.fromkeys(_OPS, native),
     )

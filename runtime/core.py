@@ -136,7 +136,7 @@ class EngineCore:
         for image in images:
             (t, h, w), merge = image.grid, config.vision.spatial_merge_size
             whole = h % merge == w % merge == 0 and image.num_tokens == t * h * w // merge**2
-            if not whole or image.patches.shape != (t * h * w, config.vision.patch_dim):
+            if not whole or image.patches.shape != (t * h * w, config.vision.patch_bytes):
                 raise RequestError(
                     f"a prepared image has grid {image.grid}, {image.num_tokens} tokens and patches of shape "
                     f"{image.patches.shape}, which do not belong together in this model"
@@ -154,7 +154,9 @@ class EngineCore:
         return TokenizedPrompt(
             token_ids,
             [
-                SequenceImage(start, image.num_tokens, image.grid, image.content_hash, image.patches)
+                SequenceImage(
+                    start, image.num_tokens, image.grid, image.content_hash, image.levels, image.patches
+                )
                 for start, image in zip(starts, images, strict=True)
             ],
         )

@@ -17,6 +17,10 @@ from pagemill.model.loader import Model
 from pagemill.scheduler import StepPlan
 from pagemill.sequence import Sequence, SequenceImage
 
+_CPU_ENCODE_TOKENS = 512
+"""Image tokens that go through the vision tower together on a CPU, or one larger image: more would leave the caches, and
+their activations would be memory that the system maps and clears anew for every call."""
+
 
 def block_bytes(
     model_layers: int, num_kv_heads: int, head_dim: int, block_size: int, dtype: torch.dtype
@@ -62,6 +66,7 @@ class Runner:
             raise ConfigError(f"a KV cache of {num_blocks} blocks cannot be allocated: {reason}") from None
         self.encode_s = 0.0
         """Seconds spent in image encoding."""
+        self._encode_tokens = _CPU_ENCODE_TOKENS if device.type == "cpu" else 1 << 30
         self._block_tables = np.zeros((max_num_seqs, -(-max_model_len // block_size)), dtype=np.int32)
 
     def execute(self, plan: StepPlan) -> Tensor:
@@ -78,10 +83,19 @@ class Runner:
         return self.model.decoder(self._lay_out(plan), self.kv_cache)
 
     def _encode(self, encode: list[tuple[Sequence, SequenceImage]]) -> None:
-        if not encode:
-            return
+        while encode:
+            count, tokens = 1, encode[0][1].num_tokens
+            while count < len(encode) and tokens + encode[count][1].num_tokens <= self._encode_tokens:
+                tokens += encode[count][1].num_tokens
+                count += 1
+            self._encode_together(encode[:count])
+            encode = encode[count:]
+
+    def _encode_together(self, encode: list[tuple[Sequence, SequenceImage]]) -> None:
         started = time.perf_counter()
-        embeddings = self.model.vision([(torch.from_numpy(image.patches), image.grid) for _, image in encode])
+        embeddings = self.model.vision(
+            [(torch.from_numpy(image.patches), torch.tensor(image.levels), image.grid) for _, image in encode]
+        )
         seconds = time.perf_counter() - started
         self.encode_s += seconds
         patches = sum(len(image.patches) for _, image in encode)

@@ -31,7 +31,6 @@ from pagemill.kernels import Kernels, kv_cache_shapes, select
 from pagemill.kernels.patchify import patchify
 from pagemill.model.config import read_config
 from pagemill.model.loader import find_checkpoint
-from pagemill.pages.preprocess import CLIP_MEAN, CLIP_STD
 
 _ROUND_S = 2e-3
 """Least seconds of one timed round, of as many calls as it takes, and the seconds that a benchmark may use."""
@@ -335,8 +334,8 @@ def test_patchify(benchmark: Any, kernel: str, height: int, width: int) -> None:
     """A page scaled down by 0.7, on one core, as page preparation runs."""
     timer = Timer(benchmark, "reference", torch.float32)
     rgb = np.random.default_rng(0).integers(0, 256, (round(height / 0.7), round(width / 0.7), 3), np.uint8)
-    moved = rgb.nbytes + 3 * height * width * (1 + 2 * 4)
+    moved = rgb.nbytes + 3 * height * width
     timer.run(
-        lambda: patchify(rgb, height, width, mean=CLIP_MEAN, std=CLIP_STD, kernel=kernel),  # type: ignore[arg-type]
+        lambda: patchify(rgb, height, width, kernel=kernel),  # type: ignore[arg-type]
         moved=moved,
     )

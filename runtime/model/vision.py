@@ -121,19 +121,23 @@ class VisionTower:
         return torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)).to(self.device)
 
     @torch.inference_mode()
-    def __call__(self, images: Sequence[tuple[Tensor, Grid]]) -> list[Tensor]:
-        """Encode images, each given as patches `[t*h*w, patch_dim]` and its grid.
+    def __call__(self, images: Sequence[tuple[Tensor, Tensor, Grid]]) -> list[Tensor]:
+        """Encode still images, each given as patches, uint8 `[t*h*w, channels * patch_size**2]`, levels, float32
+        `[channels, 256]`, and its grid; see `pagemill.kernels.pixels`.
 
         Returns for each image its embeddings `[t*h*w / merge**2, out_hidden_size]` in reading order.
         """
         k, c = self.kernels, self.config
-        layouts = [self._layout(grid) for _, grid in images]
-        x = torch.cat(
-            [
-                p.to(self.device, self.dtype)[layout.order]
-                for (p, _), layout in zip(images, layouts, strict=True)
-            ]
+        layouts = [self._layout(grid) for _, _, grid in images]
+        x = torch.empty(
+            sum(len(layout.order) for layout in layouts), c.patch_dim, dtype=self.dtype, device=self.device
         )
+        first = 0
+        for (patches, levels, _), layout in zip(images, layouts, strict=True):
+            rows = x[first : first + len(layout.order)]
+            levels = levels.to(self.device, self.dtype)
+            k.pixel_values(patches.to(self.device), layout.order, levels, c.temporal_patch_size, rows)
+            first += len(rows)
         cos = torch.cat([layout.cos for layout in layouts])
         sin = torch.cat([layout.sin for layout in layouts])
         windows = self._offsets([n for layout in layouts for n in layout.window_lengths])

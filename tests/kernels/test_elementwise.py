@@ -246,3 +246,45 @@ def test_slots_out_of_range_raise(kernels: Kernels, dtype: torch.dtype, slot: in
     k_cache, v_cache = torch.zeros(3, 1, 4, 2, dtype=dtype), torch.zeros(3, 1, 2, 4, dtype=dtype)
     with pytest.raises(ValueError, match=r"slots: expected -1\.\.5"):
         kernels.rotary_cache(qkv, angle, angle, torch.tensor([slot]), k_cache, v_cache, 1, 1)
+
+
+@pytest.mark.parametrize(("channels", "area", "moments"), [(3, 196, 2), (1, 1, 1), (2, 17, 3)])
+def test_pixel_values(kernels: Kernels, dtype: torch.dtype, channels: int, area: int, moments: int) -> None:
+    patches = torch.randint(0, 256, (9, channels * area), dtype=torch.uint8)
+    levels = torch.randn(channels, 256).to(dtype)
+    order = torch.tensor([8, 0, 3, 3, 7])
+    out = torch.full((5, channels * moments * area), torch.nan, dtype=dtype)
+    kernels.pixel_values(patches, order, levels, moments, out)
+    for i, at in enumerate(order.tolist()):
+        for c in range(channels):
+            pixels = patches[at, c * area : (c + 1) * area]
+            wanted = torch.stack([levels[c, byte] for byte in pixels.tolist()])
+            for t in range(moments):
+                first = (c * moments + t) * area
+                assert torch.equal(out[i, first : first + area], wanted)
+    kernels.pixel_values(patches, order[:0], levels, moments, out[:0])
+
+
+def test_pixel_values_refuses_what_it_cannot_take(kernels: Kernels, dtype: torch.dtype) -> None:
+    good = dict(
+        patches=torch.zeros(4, 12, dtype=torch.uint8),
+        order=torch.tensor([0, 3]),
+        levels=torch.zeros(3, 256, dtype=dtype),
+        moments=2,
+        out=torch.zeros(2, 24, dtype=dtype),
+    )
+    for argument, bad in (
+        ("patches", torch.zeros(4, 12, dtype=torch.int32)),
+        ("patches", torch.zeros(4, 13, dtype=torch.uint8)),
+        ("order", torch.tensor([0, 4])),
+        ("order", torch.tensor([-1, 0])),
+        ("levels", torch.zeros(3, 255, dtype=dtype)),
+        ("levels", torch.zeros(0, 256, dtype=dtype)),
+        ("moments", 0),
+        ("out", torch.zeros(2, 25, dtype=dtype)),
+        ("out", torch.zeros(2, 24, dtype=torch.float64)),
+    ):
+        with pytest.raises(
+            ValueError, match="patches" if argument == "levels" and len(bad) == 0 else argument
+        ):
+            kernels.pixel_values(*(good | {argument: bad}).values())
