@@ -158,11 +158,13 @@ class Vllm(Engine):
         import vllm
 
         params = vllm.SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
-        engine, times = self.llm.llm_engine, {}
+        engine = self.llm.llm_engine
+        times: dict[str, list[float]] = {}
         for page in pages:
             self.number += 1
             prompt = {"prompt": PROMPT, "multi_modal_data": {"image": page}}
-            times[engine.add_request(str(self.number), prompt, params)] = []
+            times[str(self.number)] = []
+            engine.add_request(str(self.number), prompt, params)
         while engine.has_unfinished_requests():
             for output in engine.step():
                 seen = times[output.request_id]
@@ -182,14 +184,11 @@ class OpenVino(Engine):
         scheduler.cache_size = _KV_GB
         scheduler.max_num_seqs = pages
         scheduler.max_num_batched_tokens = 4096
-        properties: dict[str, Any] = {"INFERENCE_NUM_THREADS": threads}
-        if "avx512_bf16" in Path("/proc/cpuinfo").read_text(encoding="utf-8"):
-            properties["INFERENCE_PRECISION_HINT"] = "bf16"
+        properties = {"INFERENCE_NUM_THREADS": threads}
         self.pipeline = genai.ContinuousBatchingPipeline(
             str(folder / "weights" / f"openvino-{form}"), scheduler, "CPU", properties=properties,
             vision_encoder_properties=properties,
         )  # fmt: skip
-        self.properties = properties
         self.number = 0
 
     def read(self, pages: list[Image.Image], tokens: int) -> list[list[float]]:
@@ -216,7 +215,7 @@ class OpenVino(Engine):
         return times
 
     def describe(self) -> dict[str, Any]:
-        return _versions("openvino", "openvino-genai") | self.properties
+        return _versions("openvino", "openvino-genai")
 
 
 class LlamaCpp(Engine):
@@ -381,6 +380,10 @@ def main() -> None:
     kind, _, form = args.engine.partition("-")
     if kind not in ENGINES or not form:
         parser.error(f"unknown engine {args.engine}; known are {', '.join(ENGINES)}, each with -FORM")
+    args.folder = args.folder.resolve()
+    os.chdir(
+        args.folder
+    )  # in the repository vLLM's children would take its kernels/ for a package of that name
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ["OMP_NUM_THREADS"] = str(args.threads)
 

@@ -15,8 +15,8 @@ for form in "$@"; do
   case $form in
     hf) [ -e "$weights/hf" ] || "${PYTHON:-python3}" "$here/../make_checkpoint.py" --preset 3b -o "$weights/hf" ;;
     openvino-*) # optimum's defaults: int4 is the decoder in groups of 128; the vision tower and the embedding have 8 bits
-      [ -e "$weights/$form" ] || "$folder/openvino/bin/optimum-cli" export openvino --model "$weights/hf" \
-        --task image-text-to-text --weight-format "${form#openvino-}" "$weights/$form"
+      [ -e "$weights/$form" ] || "$folder/openvino/bin/python" "$here/make_openvino.py" "$weights/hf" \
+        "${form#openvino-}" "$weights/$form"
       ;;
     gguf) # the vision tower stays in bfloat16
       source=$(echo "$folder"/llama_cpp_python-*/vendor/llama.cpp)
