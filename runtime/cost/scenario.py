@@ -279,6 +279,7 @@ def _modelled(cost: StepCost, workload: Workload, settings: Settings) -> float |
             cost,
             workload.stats,
             settings.max_num_seqs,
+            count=workload.pages,
             max_step_tokens=settings.max_step_tokens,
             host_cores=settings.host_cores,
         ).pages_per_s

@@ -18,6 +18,7 @@ from pagemill.cost.model import (
     PageStats,
     Shape,
     StepCost,
+    _run,
     check_published,
     find_precision,
     find_shape,
@@ -117,6 +118,34 @@ def test_more_of_anything_is_never_slower(what, factor, image, output, concurren
     assert predict(cost(device=L4), longer, concurrency).pages_per_s <= slow.pages_per_s * (1 + 1e-9)
 
 
+@given(
+    st.integers(1, 3000),
+    st.integers(1, 256),
+    st.floats(30, 5000),
+    st.floats(1, 3000),
+    st.sampled_from([0.0, 0.1, 0.4, 0.8]),
+)
+def test_a_run_computes_every_token_once(count, places, image, output, sigma):
+    stretches = _run(count, PageStats(image, output, output_sigma=sigma), places, 2048)
+    assert sum(s.steps * s.prefilled for s in stretches) == pytest.approx(count * (image + 40))
+    assert sum(s.steps * s.ended for s in stretches) == pytest.approx(count)
+    assert sum(s.steps * s.rows for s in stretches) == pytest.approx(count * (output - 1), rel=0.02, abs=1e-6)
+    assert all(0 <= s.rows <= places * (1 + 1e-9) and s.steps >= 0 for s in stretches)
+
+
+def test_a_run_of_one_page_is_that_page_alone_and_a_long_run_is_steady():
+    model, pages = cost(), PageStats(output_sigma=0)
+    alone, steady = predict(model, pages, 1), predict(model, pages, 64)
+    waits = GPU_EFFICIENCY.prepare_s / 8
+    one = predict(model, pages, 64, count=1)
+    assert 1 / one.pages_per_s == pytest.approx(1 / alone.pages_per_s + waits, rel=0.005)
+    assert one.latency_s == pytest.approx(alone.latency_s, rel=0.005)
+    for count, apart in ((640, 0.1), (6400, 0.01), (640_000, 1e-4)):
+        found = predict(model, PageStats(), 64, count=count)
+        assert 1 - apart < found.pages_per_s / predict(model, PageStats(), 64).pages_per_s < 1
+    assert predict(model, pages, 64, count=10**6).stages() == pytest.approx(steady.stages(), rel=1e-3)
+
+
 def test_a_larger_batch_reads_more_pages_until_memory_ends_it():
     pages, model = PageStats(), cost(device=L4)
     most = memory(model.shape, BF16, L4, pages).max_concurrency
@@ -176,6 +205,7 @@ def test_impossible_money_is_refused(wrong):
         (lambda: cost(device=find_device("a100-40"), precision="fp8"), "a100-40 has no fp8"),
         (lambda: predict(cost(), PageStats(), 0), "concurrency should be from 1"),
         (lambda: predict(cost(), PageStats(), 64, max_step_tokens=64), "no room beside 64 pages"),
+        (lambda: predict(cost(), PageStats(), 64, count=0), "a run has at least one page, got 0"),
     ],
 )
 def test_bad_input_is_one_sentence(make, says):
