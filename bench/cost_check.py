@@ -362,7 +362,7 @@ def summary(rows: list[dict[str, Any]]) -> list[str]:
 def report(data: dict[str, Any], fitted: dict[str, Efficiency], rows: list[dict[str, Any]]) -> list[str]:
     """The results page."""
     lines = ["# The cost model and the simulator, checked", ""]
-    lines += [f"{name}: {value}  " for name, value in data["environment"].items()]
+    lines += [f"{line}  " for line in environment.lines(data["environment"])]
     lines += [
         "",
         "## Against this machine",
@@ -424,8 +424,8 @@ def report(data: dict[str, Any], fitted: dict[str, Efficiency], rows: list[dict[
             "",
             "## The simulator's own speed",
             "",
-            f"{m['date']}: a million pages of the 3B on an H100, 256 at a time, 1,518 image and 700 output tokens, 0.2 % looping, rescued: "
-            f"{m['processor_s'] / 60:.1f} minutes of one core for {m['steps'] / 1e6:.1f} M steps and "
+            f"{m['date']}: a million pages of the 3B on an H100, 256 at a time, 1,518 image and 700 output tokens, 0.2 % "
+            f"looping, rescued: {m['processor_s'] / 60:.1f} minutes of one core for {m['steps'] / 1e6:.1f} M steps and "
             f"{m['output_tokens'] / 1e6:.0f} M tokens; the scheduler planned {m['planned_steps'] / 1e6:.2f} M of the steps. "
             f"{m['pages_per_s']:.2f} pages/s, the closed form says {m['closed_form_pages_per_s']:.2f}.",
         ]
