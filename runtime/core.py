@@ -270,11 +270,8 @@ class EngineCore:
         masks: Future[npt.NDArray[np.int32]] | None = None
         if masked and sum(1 + len(draft) for _, draft in wanting) >= _ROWS_BESIDE:
             masks = self._mask_thread.submit(self._fill_masks, wanting)
-        encode_s = self.runner.encode_s
         started, clock = time.perf_counter(), self._clock()
         logits = self.runner.execute(plan)
-        computed = time.perf_counter()
-        encode_s = self.runner.encode_s - encode_s
         mask: Tensor | None = None
         if masked:
             filled = self._fill_masks(wanting) if masks is None else masks.result()
@@ -286,10 +283,13 @@ class EngineCore:
         token_ids, logprobs = sample(logits, wants, self.model.decoder.kernels.greedy, mask)
         now = time.perf_counter()
         stats = self.stats
-        self._count(plan, computed - started - encode_s)
+        encode_s, model_s = self.runner.seconds(plan)
+        # A GPU computes while masks are made: they count from where it was done.
+        masks_s = max(masks_made - started - encode_s - model_s, 0.0)
+        self._count(plan, model_s)
         stats.encode_s += encode_s
-        stats.masks_s += masks_made - computed
-        stats.sampling_s += now - masks_made
+        stats.masks_s += masks_s
+        stats.sampling_s += max(now - started - encode_s - model_s - masks_s, 0.0)
         used = self.blocks.num_blocks - self.blocks.num_free
         places = len(self.scheduler.running)
         num_drafted = sum(len(draft) for _, draft in wanting)
