@@ -100,8 +100,14 @@ def seconds_of(call: Any, repeats: int = 9) -> float:
     return statistics.median(times)
 
 
-def measure_kernels(engine: Engine, dtype: torch.dtype) -> dict[str, float]:
+def options_of(dtype: str) -> dict[str, str]:
+    """The options of an engine in a precision of the cost model."""
+    return {"dtype": "bfloat16", "quantize": dtype} if dtype in ("int8", "int4") else {"dtype": dtype}
+
+
+def measure_kernels(engine: Engine, name: str) -> dict[str, float]:
     """Operations a second of the model's own products and of attention, and bytes a second of reading weights."""
+    dtype = getattr(torch, options_of(name)["dtype"])
     k, model = engine.core.model.decoder.kernels, engine.core.model
     random = torch.Generator().manual_seed(0)
 
@@ -120,7 +126,7 @@ def measure_kernels(engine: Engine, dtype: torch.dtype) -> dict[str, float]:
     found = {
         "matmul": 2 * 512 * weights(decoder) / seconds_for(512, decoder),
         "vision": 2 * 2048 * weights(tower) / seconds_for(2048, tower),
-        "bandwidth": weights(decoder) * dtype.itemsize / seconds_for(1, decoder),
+        "bandwidth": weights(decoder) * PRECISIONS[name].weight_bytes / seconds_for(1, decoder),
     }
     few = seconds_for(16, decoder) * found["matmul"] / (2 * weights(decoder))
     found["half_rows"] = max(few - 16, 0.0)
@@ -181,9 +187,9 @@ def device_of(rates: dict[str, dict[str, float]]) -> Device:
     """The machine, by a model's own matrix products."""
     return measured(
         "this-machine",
-        flops={dtype: found["matmul"] for dtype, found in rates.items()},
-        attention={dtype: found["attention"] for dtype, found in rates.items()},
-        bandwidth=rates["float32"]["bandwidth"],
+        flops={PRECISIONS[dtype].arithmetic: found["matmul"] for dtype, found in rates.items()},
+        attention={PRECISIONS[dtype].attention: found["attention"] for dtype, found in rates.items()},
+        bandwidth=next(iter(rates.values()))["bandwidth"],
         memory=8e9,
         source="bench/cost_check.py",
     )
@@ -228,11 +234,11 @@ def measure(models: dict[str, str], dtypes: list[str], scale: float) -> dict[str
             for use, full in points:
                 point = replace(full, pages=max(int(full.pages * scale * (1 if name == "tiny" else 0.4)), 2))
                 with Engine.from_pretrained(
-                    folder, dtype=dtype, num_threads=1, max_num_seqs=point.concurrency, prepare_threads=1,
+                    folder, **options_of(dtype), num_threads=1, max_num_seqs=point.concurrency, prepare_threads=1,
                     kv_cache_bytes=1 << 29,
                 ) as engine:  # fmt: skip
                     if dtype not in result["kernels"][name]:
-                        result["kernels"][name][dtype] = measure_kernels(engine, getattr(torch, dtype))
+                        result["kernels"][name][dtype] = measure_kernels(engine, dtype)
                         print(name, dtype, result["kernels"][name][dtype], flush=True)
                     run(engine, replace(point, pages=1, output=4), first=1000)
                     found = run(engine, point)
@@ -258,8 +264,7 @@ def check(
             of_dtype = rates[dtype]
             own = unfitted(of_dtype)
             efficiency = replace(fitted[name], vision=own.vision, half_rows=own.half_rows)
-            there = replace(device, bandwidth=of_dtype["bandwidth"])
-            cost = StepCost(shape, PRECISIONS[dtype], there, efficiency)
+            cost = StepCost(shape, PRECISIONS[dtype], device_of({dtype: of_dtype}), efficiency)
             guess = simulated(found, point, cost)
             stats = workload_of(found).stats
             closed = point.pages / predict(cost, stats, point.concurrency, count=point.pages).pages_per_s
@@ -288,7 +293,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--dtypes", default="float32,bfloat16")
+    parser.add_argument(
+        "--dtypes", default="float32,bfloat16", help="float32 first: it is calibrated on; also int8, int4"
+    )
     parser.add_argument("--models", default="tiny,mid")
     parser.add_argument("--scale", type=float, default=1.0, help="share of the pages")
     parser.add_argument("--again", action="store_true", help="measure nothing, take what was measured last")

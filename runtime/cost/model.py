@@ -82,30 +82,46 @@ class Precision:
     arithmetic: str
     """Which peak rate the decoder's layers run at."""
     vision_bytes: float = 2
-    """Bytes of one weight of the vision tower and of the output layer, which stay unquantised, and of one activation."""
+    """Bytes of one weight of the vision tower, the embedding and the output layer."""
     vision_arithmetic: str = "bfloat16"
+    attention: str = "bfloat16"
+    """Which peak rate attention runs at: it is not quantised."""
+    activation_bytes: float = 2
+    """Bytes of one number between the matrix products."""
     kv_bytes: float = 2
-    """Bytes of one element of the KV cache."""
+    """Bytes of one element of the KV cache, scales included."""
 
 
 PRECISIONS = {
     p.name: p
     for p in (
-        Precision("float32", 4, "float32", 4, "float32", 4),
+        Precision("float32", 4, "float32", 4, "float32", "float32", 4, 4),
         Precision("bfloat16", 2, "bfloat16"),
+        # What `EngineConfig.quantize` makes: int8 everywhere; or 4 bits in the decoder, with a scale of 32 and a zero of 8 for
+        # every 128 weights, multiplied in int8, and int8 in the tower and the output layer. A scale a row counts for nothing.
+        Precision("int8", 1, "int8", 1, "int8"),
+        Precision("int4", 0.5 + 5 / 128, "int8", 1, "int8"),
+        # What published checkpoints mostly are: the decoder alone is quantised.
         Precision("fp8", 1, "fp8"),
-        Precision("int8", 1, "int8"),
-        # 4 bits, and a scale of 16 and a zero of 4 for every 128 weights; multiplied in bfloat16.
-        Precision("int4", 0.5 + 2.5 / 128, "bfloat16"),
+        Precision("w8a8", 1, "int8"),
+        Precision("w4a16", 0.5 + 2.5 / 128, "bfloat16"),
     )
 }
+_KV_BYTES = {"int8": 1 + 4 / 128}  # a scale of 32 bits for each head of a token
+KV_DTYPES = ("auto", *_KV_BYTES)
+"""Of the KV cache, as `EngineConfig.kv_cache_dtype`; auto is as the activations."""
 
 
-def find_precision(name: str) -> Precision:
-    """Return a precision by its name. Raises `ConfigError`, naming those there are."""
+def find_precision(name: str, kv_cache_dtype: str = "auto") -> Precision:
+    """Return a precision by its name, with another KV cache if asked for. Raises `ConfigError`, naming those there are."""
     if name not in PRECISIONS:
         raise ConfigError(f"unknown precision {name!r}; known are {', '.join(PRECISIONS)}")
-    return PRECISIONS[name]
+    if kv_cache_dtype not in KV_DTYPES:
+        raise ConfigError(f"unknown kv_cache_dtype {kv_cache_dtype!r}; known are {', '.join(KV_DTYPES)}")
+    found = PRECISIONS[name]
+    if kv_cache_dtype == "auto":
+        return found
+    return replace(found, name=f"{name}, KV {kv_cache_dtype}", kv_bytes=_KV_BYTES[kv_cache_dtype])
 
 
 @dataclass(frozen=True)
@@ -300,10 +316,10 @@ class StepCost:
         self._layer_read_s = precision.weight_bytes * shape.layer_params / bandwidth
         self._head_s = 2 * shape.head_params / (vision_rate * e.matmul)
         self._head_read_s = precision.vision_bytes * shape.head_params / bandwidth
-        self._activation_s = precision.vision_bytes * e.activation_s
+        self._activation_s = precision.activation_bytes * e.activation_s
         self._vision_rate = vision_rate * e.vision
         self._vision_read_s = precision.vision_bytes * (shape.vision_params + shape.merger_params) / bandwidth
-        attention_rate = device.attention.get(precision.vision_arithmetic, vision_rate)
+        attention_rate = device.attention.get(precision.attention) or device.rate(precision.attention)
         self._attention_rate = attention_rate * e.attention
         self._kv_read_s = shape.kv_bytes(precision) / bandwidth
         self.context_s = max(shape.attention_flops / self._attention_rate, self._kv_read_s)
@@ -369,7 +385,7 @@ def memory(
     image = (
         shape.unit * max(pages.image_tokens, 4096) * (2 * vision.intermediate_size + 5 * vision.hidden_size)
     )
-    workspace = _RESERVED * device.memory + precision.vision_bytes * (step + image)
+    workspace = _RESERVED * device.memory + precision.activation_bytes * (step + image)
     # The mean deviation of a log-normal of this sigma, as a share of the mean.
     deviation = 2 * math.erf(pages.output_sigma / math.sqrt(8))
     tokens = pages.prompt_tokens + pages.output_tokens * (1 + deviation)
@@ -643,9 +659,7 @@ def _check(row: Throughput, efficiency: Efficiency) -> Check:
     except ConfigError:
         return Check(row, None, None, f"no data for the card {row.gpu}")
     said = f"{row.system} {row.note}".lower()
-    name = next(
-        (p for word, p in (("fp8", "fp8"), ("w8a8", "int8"), ("w4a16", "int4")) if word in said), "bfloat16"
-    )
+    name = next((word for word in ("fp8", "w8a8", "w4a16") if word in said), "bfloat16")
     precision, notes = PRECISIONS[name], [name]
     shape, of = _stand_in(row.params_b)
     notes.append(of)

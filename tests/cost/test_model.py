@@ -73,9 +73,21 @@ def test_windows_of_a_small_image_are_the_image():
     assert shape.vision_attention_flops(9) == 4 * 1280 * 32 * patches**2
 
 
-def test_int4_weights_take_a_quarter_and_their_scales():
-    ratio = PRECISIONS["int4"].weight_bytes / BF16.weight_bytes
-    assert 0.25 < ratio < 0.27
+@pytest.mark.parametrize(("name", "least", "most"), [("w4a16", 0.25, 0.27), ("int4", 0.26, 0.28)])
+def test_4_bit_weights_take_a_quarter_and_their_scales(name, least, most):
+    assert least < PRECISIONS[name].weight_bytes / BF16.weight_bytes < most
+
+
+def test_quantising_all_weights_helps_the_tower_too_and_a_small_kv_cache_holds_more_pages():
+    plain, decoder, everything = (cost(precision=name) for name in ("bfloat16", "w8a8", "int8"))
+    assert plain.vision_s([1518]) == decoder.vision_s([1518]) > 1.3 * everything.vision_s([1518])
+    assert plain.matmul_s(2048, 1) > 1.9 * decoder.matmul_s(2048, 1) > everything.matmul_s(2048, 1)
+    assert everything.shape.weight_bytes(PRECISIONS["int8"]) == everything.shape.params
+    assert everything.chunk_s(0, 1558) == plain.chunk_s(0, 1558)  # attention is not quantised
+    small = find_precision("int8", "int8")
+    assert small.name == "int8, KV int8"
+    pages = [memory(plain.shape, p, L4, PageStats()).max_concurrency for p in (PRECISIONS["int8"], small)]
+    assert pages[1] == pytest.approx(pages[0] * 2 / small.kv_bytes, abs=2)
 
 
 def test_a_decoding_step_reads_the_weights_once_whatever_the_batch():
@@ -198,6 +210,7 @@ def test_impossible_money_is_refused(wrong):
     [
         (lambda: find_shape("70b"), "unknown model shape '70b'; give 3b, 7b"),
         (lambda: find_precision("fp2"), "unknown precision 'fp2'; known are float32"),
+        (lambda: find_precision("int8", "fp4"), "unknown kv_cache_dtype 'fp4'; known are auto, int8"),
         (lambda: PageStats(image_tokens=0), "image_tokens of a page should be at least 1"),
         (lambda: PageStats(output_sigma=math.nan), "output_sigma of a page should be at least 0"),
         (lambda: Efficiency(0, 1, 1, 1), "the matmul efficiency should be a share above 0"),
