@@ -43,7 +43,7 @@ from pagemill.stats import EngineStats
 
 _DEFAULT_MODEL_LEN = 32768
 _MAX_DRAFT = 16  # tokens guessed for one sequence in one step
-_GIVEN_ROWS = 256  # tokens of references judged in one step: a row of logits takes up to 0.6 MB
+GIVEN_ROWS = 256  # tokens of references judged in one step: a row of logits takes up to 0.6 MB
 _ROWS_BESIDE = 48  # masks of fewer rows are made after the model has run: another thread takes over too late
 _MAX_SALTS = 4  # whose outputs are remembered for drafts: some 25 MB each
 _NOT_FINITE = "the model computed values that are not finite numbers; try float32, or check the checkpoint"
@@ -349,7 +349,7 @@ class EngineCore:
     def _guess(self) -> None:
         """Give sequences that decode as many draft tokens as pay at the present load."""
         decoding: list[Sequence] = []
-        rows = _GIVEN_ROWS
+        rows = GIVEN_ROWS
         for seq in self.scheduler.running:
             if len(seq.token_ids) - seq.num_computed == 1:
                 if seq.control.reference is None:
