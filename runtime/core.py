@@ -43,7 +43,7 @@ from pagemill.stats import EngineStats
 
 _DEFAULT_MODEL_LEN = 32768
 _MAX_DRAFT = 16  # tokens guessed for one sequence in one step
-_GIVEN_ROWS = 256  # tokens of references judged in one step: a row of logits takes up to 0.6 MB
+GIVEN_ROWS = 256  # tokens of references judged in one step: a row of logits takes up to 0.6 MB
 _ROWS_BESIDE = 48  # masks of fewer rows are made after the model has run: another thread takes over too late
 _MAX_SALTS = 4  # whose outputs are remembered for drafts: some 25 MB each
 _NOT_FINITE = "the model computed values that are not finite numbers; try float32, or check the checkpoint"
@@ -272,11 +272,8 @@ class EngineCore:
         masks: Future[npt.NDArray[np.int32]] | None = None
         if masked and sum(1 + len(draft) for _, draft in wanting) >= _ROWS_BESIDE:
             masks = self._mask_thread.submit(self._fill_masks, wanting)
-        encode_s = self.runner.encode_s
         started, clock = time.perf_counter(), self._clock()
         logits = self.runner.execute(plan)
-        computed = time.perf_counter()
-        encode_s = self.runner.encode_s - encode_s
         mask: Tensor | None = None
         if masked:
             filled = self._fill_masks(wanting) if masks is None else masks.result()
@@ -288,10 +285,13 @@ class EngineCore:
         token_ids, logprobs = sample(logits, wants, self.model.decoder.kernels.greedy, mask)
         now = time.perf_counter()
         stats = self.stats
-        self._count(plan, computed - started - encode_s)
+        encode_s, model_s = self.runner.seconds(plan)
+        # A GPU computes while masks are made: they count from where it was done.
+        masks_s = max(masks_made - started - encode_s - model_s, 0.0)
+        self._count(plan, model_s)
         stats.encode_s += encode_s
-        stats.masks_s += masks_made - computed
-        stats.sampling_s += now - masks_made
+        stats.masks_s += masks_s
+        stats.sampling_s += max(now - started - encode_s - model_s - masks_s, 0.0)
         used = self.blocks.num_blocks - self.blocks.num_free
         places = len(self.scheduler.running)
         num_drafted = sum(len(draft) for _, draft in wanting)
@@ -351,7 +351,7 @@ class EngineCore:
     def _guess(self) -> None:
         """Give sequences that decode as many draft tokens as pay at the present load."""
         decoding: list[Sequence] = []
-        rows = _GIVEN_ROWS
+        rows = GIVEN_ROWS
         for seq in self.scheduler.running:
             if len(seq.token_ids) - seq.num_computed == 1:
                 if seq.control.reference is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -37,6 +38,32 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
     return torch.from_numpy(lazily).view(dtype)
 
 
+class DeviceClock:
+    """Marks moments in a device's work, and tells the seconds between two of them.
+
+    A CPU's work is done when a call returns. A GPU's runs behind the calls: its marks are events, which the device passes when it
+    comes to them. Ask for their seconds after something has waited for the work: then nothing waits for a clock.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._events = device.type == "cuda"
+
+    def mark(self) -> Any:
+        """Mark the moment after all work given to the device so far (on a GPU: to its current stream)."""
+        if not self._events:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def seconds(self, first: Any, last: Any) -> float:
+        """Seconds from one mark to a later one; waits for the later one where the device has not come to it."""
+        if not self._events:
+            return float(last - first)
+        last.synchronize()
+        return float(first.elapsed_time(last)) / 1e3
+
+
 class Runner:
     """Owns the KV cache tensors and the block-table array of running sequences."""
 
@@ -64,8 +91,9 @@ class Runner:
         except (RuntimeError, MemoryError) as error:  # torch's allocators raise RuntimeError
             reason = str(error).partition("\n")[0]
             raise ConfigError(f"a KV cache of {num_blocks} blocks cannot be allocated: {reason}") from None
-        self.encode_s = 0.0
-        """Seconds spent in image encoding."""
+        self.clock = DeviceClock(device)
+        self._marks: tuple[Any, Any, Any] | None = None
+        """Of the last step: before its images, after them, after the decoder."""
         self._encode_tokens = _CPU_ENCODE_TOKENS if device.type == "cpu" else 1 << 30
         self._block_tables = np.zeros((max_num_seqs, -(-max_model_len // block_size)), dtype=np.int32)
 
@@ -73,7 +101,29 @@ class Runner:
         """Run one step. Returns logits float32 `[R, V]`: for each of `plan.wanting()` a row after its last token, and one
         after each token of its draft.
         """
+        begun = self.clock.mark()
         self._encode(plan.encode)
+        encoded = self.clock.mark()
+        logits = self._decode(plan)
+        self._marks = begun, encoded, self.clock.mark()
+        return logits
+
+    def seconds(self, plan: StepPlan) -> tuple[float, float]:
+        """Seconds that the device took for the images and for the decoder of `plan`, the last step that was executed.
+
+        The images' are added to their pages' timelines. Call it when the step's tokens are there: before, it waits for them.
+        """
+        if self._marks is None:
+            return 0.0, 0.0
+        begun, encoded, ended = self._marks
+        self._marks = None
+        images = self.clock.seconds(begun, encoded) if plan.encode else 0.0
+        patches = sum(len(image.patches) for _, image in plan.encode)
+        for seq, image in plan.encode:
+            seq.timeline.vision += images * len(image.patches) / patches
+        return images, self.clock.seconds(encoded, ended)
+
+    def _decode(self, plan: StepPlan) -> Tensor:
         for source, destination in plan.copies:
             for keys, values in self.kv_cache:
                 keys[destination] = keys[source]
@@ -92,16 +142,11 @@ class Runner:
             encode = encode[count:]
 
     def _encode_together(self, encode: list[tuple[Sequence, SequenceImage]]) -> None:
-        started = time.perf_counter()
         embeddings = self.model.vision(
             [(torch.from_numpy(image.patches), torch.tensor(image.levels), image.grid) for _, image in encode]
         )
-        seconds = time.perf_counter() - started
-        self.encode_s += seconds
-        patches = sum(len(image.patches) for _, image in encode)
-        for (seq, image), embedding in zip(encode, embeddings, strict=True):
+        for (_, image), embedding in zip(encode, embeddings, strict=True):
             self.images.put(image.digest, embedding)
-            seq.timeline.vision += seconds * len(image.patches) / patches
 
     def _lay_out(self, plan: StepPlan) -> RaggedBatch:
         """Flatten the plan's work. Per-token arrays are built from per-sequence ones without a Python loop over tokens."""

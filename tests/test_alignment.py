@@ -130,7 +130,7 @@ def test_neither_company_nor_chunks_nor_budgets_change_a_score(world, pairs, oth
         assert alone.stats.steps == (1 if len(reference) == 1 else 2)
         expected.append(seq.logprobs)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(core, "_GIVEN_ROWS", rows)
+        patch.setattr(core, "GIVEN_ROWS", rows)
         together = world.core(num_blocks=blocks, block_size=8, max_step_tokens=step, max_num_seqs=3)
         ordinary = [world.add(together, ask) for ask in others]
         scored = [score(world, together, *pair) for pair in pairs]

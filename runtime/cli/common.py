@@ -63,6 +63,10 @@ QuantizeOption = Annotated[
         help="Round the weights while loading: int8, or int4 (the decoder; the rest int8). Faster, and smaller.",
     ),
 ]
+KvDTypeOption = Annotated[
+    Literal["auto", "int8"],
+    typer.Option("--kv-cache-dtype", help="Of keys and values; auto is as the arithmetic."),
+]
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 

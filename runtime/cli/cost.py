@@ -16,8 +16,10 @@ from pagemill.cli.common import (
     DeviceOption,
     DTypeOption,
     KvCacheOption,
+    KvDTypeOption,
     MaxNewTokensOption,
     ModelOption,
+    QuantizeOption,
     app,
     make_engine,
     not_nan,
@@ -44,6 +46,8 @@ def bench(
     model: ModelOption = "pagemill-tiny",
     device: DeviceOption = "cpu",
     dtype: DTypeOption = "auto",
+    quantize: QuantizeOption = "none",
+    kv_cache_dtype: KvDTypeOption = "auto",
     concurrency: Annotated[
         int, typer.Option("--concurrency", min=1, max=4096, metavar="N", help="Pages in the model at a time.")
     ] = 32,
@@ -69,7 +73,7 @@ def bench(
         typer.Option(
             "--sweep",
             metavar="NAME=A,B,...",
-            help="One run for each value of concurrency, rate, dtype, resolution, guard, guidance, drafts, threads, ...; "
+            help="One run for each value of concurrency, rate, dtype, quantize, resolution, guard, drafts, threads, ...; "
             "several sweeps multiply.",
         ),
     ] = None,
@@ -143,6 +147,8 @@ def bench(
         base = measure.Settings(
             model=model,
             dtype=dtype,
+            quantize=quantize,
+            kv_cache_dtype=kv_cache_dtype,
             device=device,
             concurrency=concurrency,
             rate=rate,
@@ -253,6 +259,7 @@ def compare(
     ] = 150.0,
     device: DeviceOption = "cpu",
     dtype: DTypeOption = "auto",
+    quantize: QuantizeOption = "none",
     output: Annotated[
         str | None,
         typer.Option("-o", "--output", metavar="RESULT.json", help="File to write, after every engine."),
@@ -295,6 +302,7 @@ def compare(
             timeout=timeout,
             device=device,
             dtype=dtype,
+            quantize=quantize,
         )
         with Progress(stderr, len(specs), Workload([], pages.refs, len(pages.refs))) as progress:
             result = comparison.compare(
@@ -333,8 +341,14 @@ def simulate(
         ),
     ] = "3b",
     precision: Annotated[
-        str, typer.Option("--precision", metavar="NAME", help="bfloat16, fp8, int8, int4 or float32.")
+        str,
+        typer.Option(
+            "--precision",
+            metavar="NAME",
+            help="bfloat16 or float32; int8 or int4, as --quantize makes them; fp8, w8a8 or w4a16: the decoder alone.",
+        ),
     ] = "bfloat16",
+    kv_cache_dtype: KvDTypeOption = "auto",
     pages: Annotated[
         int, typer.Option("--pages", min=1, max=100_000_000, metavar="N", help="Pages to read.")
     ] = 10_000,
@@ -495,6 +509,7 @@ def simulate(
             devices=ask.words(device),
             shape=shape,
             precision=precision,
+            kv_cache_dtype=kv_cache_dtype,
             concurrency=ask.integers("concurrency", concurrency),
             kv_cache_gb=(None,) if kv_cache_gb is None else ask.numbers("kv-cache-gb", kv_cache_gb),
             guards=ask.guards(guard),

@@ -83,6 +83,8 @@ class Settings:
 
     model: str = "pagemill-tiny"
     dtype: str = "auto"
+    quantize: str = "none"
+    kv_cache_dtype: str = "auto"
     device: str = "cpu"
     kernels: str = "auto"
     concurrency: int = 32
@@ -105,6 +107,10 @@ class Settings:
             "kernels": self.kernels,
             "max_num_seqs": self.concurrency,
         }
+        if self.quantize != "none":
+            options["quantize"] = self.quantize
+        if self.kv_cache_dtype != "auto":
+            options["kv_cache_dtype"] = self.kv_cache_dtype
         if self.kv_cache_gb is not None:
             options["kv_cache_bytes"] = int(self.kv_cache_gb * 1e9)
         if self.threads is not None:
@@ -300,6 +306,8 @@ _SWEEPS: Mapping[str, Callable[[str], Any]] = {
     "concurrency": _number(1, 4096, int),
     "rate": _rate,
     "dtype": _word("auto", "bfloat16", "float32"),
+    "quantize": _word("none", "int8", "int4"),
+    "kv_cache_dtype": _word("auto", "int8"),
     "kernels": _word("auto", "reference", "native", "triton"),
     "guard": _word("rescue", "stop", "off"),
     "guidance": _word("auto", "page", "off"),

@@ -104,6 +104,8 @@ class ReadOptions:
     """Seconds for one page of an endpoint or a program."""
     device: str = "cpu"
     dtype: str = "auto"
+    quantize: str = "none"
+    """Of pagemill's engines, as `device` and `dtype`."""
     backoff: float = 1.0
     """Seconds before an endpoint that is busy is asked again; doubled every time."""
 
@@ -225,6 +227,7 @@ class Pagemill(_Base):
         self.settings = Settings(
             model=model,
             dtype=options.dtype,
+            quantize=options.quantize,
             device=options.device,
             concurrency=options.concurrency or Settings.concurrency,
             max_new_tokens=options.max_new_tokens,

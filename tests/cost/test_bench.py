@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from pagemill import Engine, SamplingParams
 from pagemill.cli import app
-from pagemill.cost import bench
+from pagemill.cost import bench, report, resultfile
 from pagemill.cost.meters import EnergyMeter, MemoryMeter
 from pagemill.errors import ConfigError, PageError, PagemillError
 from pagemill.pages.source import PageRef
@@ -285,9 +285,25 @@ def test_sweeps_multiply_and_runs_of_one_engine_lie_together():
     assert [run["settings"]["rate"] for run in result["runs"]] == [None, 50.0, None, 50.0]
 
 
+def test_every_quantisation_is_an_engine_of_its_own_and_the_report_tells_them_apart(tmp_path):
+    runs = bench.sweep(bench.Settings(), ["quantize=none,int8,int4", "concurrency=1,8"])
+    options = [settings.engine_options() for _, settings in runs]
+    assert [o.get("quantize") for o in options] == [None, None, "int8", "int8", "int4", "int4"]
+    result = bench.bench(workload(3), runs, load=lambda settings: FakeEngine(places=settings.concurrency))
+    bench.write(result, str(tmp_path / "r.json"))
+    series = report._sweeps(resultfile.load([str(tmp_path / "r.json")]))
+    assert [(one["label"], one["key"], len(one["points"])) for one in series] == [
+        (f"pagemill-tiny, quantize {name}", "concurrency", 2) for name in ("none", "int8", "int4")
+    ]
+    small = bench.Settings(quantize="int8", kv_cache_dtype="int8")
+    assert "quantize=int8, kv_cache_dtype=int8" in bench.sweep(small, [])[0][0]
+    assert small.engine_options().items() >= {"quantize": "int8", "kv_cache_dtype": "int8"}.items()
+
+
 @pytest.mark.parametrize(
     "sweeps",
     [
+        ["quantize=int2"],
         ["colour=red"],
         ["concurrency"],
         ["concurrency="],
