@@ -14,30 +14,40 @@
 #include "body_simd.h"
 #include "body_gemm.h"
 #include "body_linear.h"
+#include "body_qlinear.h"
 #include "body_tiles.h"
 
 constexpr Blocking kTileBlocking{256, 16};
 constexpr int64_t kTileRows = 16, kTileBytes = 64;
-constexpr int64_t kStepStride = kPanel * 4;                  // of a panel's rows: bytes
-constexpr int64_t kStepBytes = kTileRows * kStepStride;      // of a panel, a step
-constexpr int64_t kPieceSteps = 10;                          // of k, for all panels and rows of an item
-constexpr int64_t kSumsSize = 4 * kTileRows * kTileRows;     // floats of a block
+constexpr int64_t kStride = kPanel * 4;                      // of a panel's rows of k, in bytes
+constexpr int64_t kSumsSize = 4 * kTileRows * kTileRows;     // floats or integers of a block
 constexpr int64_t kTileFloats = kTileRows * kTileBytes / 4;  // of a staged tile of x
 
+// What is multiplied. Pieces of k, for all rows and panels of an item, are of kPieceSteps full tiles. A row of x that is
+// not padded to a whole tile needs a padded copy of its end.
 struct Bf16Products {
+    static constexpr int64_t kPieceSteps = 10;
+    static constexpr bool kPadded = false;
     template <int C, int A, int B>
     PM_INLINE void add() { tile_dot_bf16<C, A, B>(); }
+};
+struct ByteProducts {
+    static constexpr int64_t kPieceSteps = kChunk / kTileBytes;
+    static constexpr bool kPadded = true;
+    template <int C, int A, int B>
+    PM_INLINE void add() { tile_dot_int8<C, A, B>(); }
 };
 
 // A thread's tiles: their sizes are set when they change, and given back at the end, so that the system need not save them.
 class Tiles {
 public:
-    void configure(int64_t rows) {
+    // `depth` bytes of k, in tiles of `rows` rows of x.
+    void configure(int64_t rows, int64_t depth) {
         if (rows == rows_) return;
         TileConfig config;
         for (int t = 0; t < 8; ++t) {
-            config.rows[t] = static_cast<uint8_t>(t < 6 ? rows : kTileRows);
-            config.row_bytes[t] = kTileBytes;
+            config.rows[t] = static_cast<uint8_t>(t < 6 ? rows : depth / 4);
+            config.row_bytes[t] = static_cast<uint16_t>(t == 4 || t == 5 ? depth : kTileBytes);
         }
         tile_configure(config);
         rows_ = rows;
@@ -62,30 +72,77 @@ struct RowTiles {
     }
 };
 
-// Sums of a block += `steps` tiles of k. Two tiles of rows, a0 and a1, by the panel b0; or, not `pair`, a0 by b0 and b1.
+// Rows of x as bytes, the panels that they meet, and how both fall into blocks.
+struct Work {
+    const char* x;
+    int64_t row_stride, piece_stride;
+    const char* panels;
+    int64_t panel_stride, panel_count;
+    int64_t bytes;  // of a row
+    RowTiles tiles;
+    int64_t first_row, first_panel;
+
+    // One item of p; x and the panels are still to be set.
+    template <class T>
+    Work(const LinearOut<T>& p, int64_t item)
+        : tiles(p.m - item % p.row_blocks * p.row_block < p.row_block ? p.m - item % p.row_blocks * p.row_block
+                                                                       : p.row_block) {
+        first_row = item % p.row_blocks * p.row_block;
+        first_panel = item / p.row_blocks * p.panel_group;
+        const int64_t left = p.panels_count - first_panel;
+        panel_count = left < p.panel_group ? left : p.panel_group;
+    }
+
+    // The two tiles of rows, or the two panels, of a block: calls body(which, tile, panel).
+    template <bool pair, class F>
+    void halves(int64_t tile, int64_t panel, const F& body) const {
+        body(0, tile, panel);
+        if (pair) body(1, tile + 1, panel);
+        else if (panel + 1 < panel_count) body(1, tile, panel + 1);
+    }
+
+    // Writes half `which` of the rows of sums of a block.
+    template <class T, bool pair>
+    void finish_block(const LinearOut<T>& p, const float* sums, int64_t tile, int64_t panel) const {
+        halves<pair>(tile, panel, [&](int64_t which, int64_t t, int64_t to) {
+            const int64_t from = tiles.first_written(t) - tiles.start(t);
+            finish(p, sums + which * kSumsSize / 2 + from * kPanel, kPanel, first_row + tiles.first_written(t),
+                   tiles.written(t), (first_panel + to) * kPanel);
+        });
+    }
+};
+
+template <bool value>
+struct Choice {
+    static constexpr bool kValue = value;
+};
+
+// Sums of a block += `steps` tiles of `depth` bytes of k. Two tiles of rows, a0 and a1, by the panel b0; or, not `pair`,
+// a0 by b0 and b1.
 template <class Products, bool pair>
-PM_INLINE void multiply(const char* a0, const char* a1, int64_t lda, const char* b0, const char* b1, int64_t steps) {
+PM_INLINE void multiply(const char* a0, const char* a1, int64_t lda, const char* b0, const char* b1, int64_t depth,
+                        int64_t steps) {
 #pragma GCC unroll 1
     for (int64_t s = 0; s < steps; ++s) {
-        tile_load<6>(b0, kStepStride);
+        tile_load<6>(b0, kStride);
         tile_load<4>(a0, lda);
         Products::template add<0, 4, 6>();
-        tile_load<7>(b0 + kTileBytes, kStepStride);
+        tile_load<7>(b0 + kTileBytes, kStride);
         Products::template add<1, 4, 7>();
         if constexpr (pair) {
             tile_load<5>(a1, lda);
             Products::template add<2, 5, 6>();
             Products::template add<3, 5, 7>();
-            a1 += kTileBytes;
+            a1 += depth;
         } else {
-            tile_load<6>(b1, kStepStride);
+            tile_load<6>(b1, kStride);
             Products::template add<2, 4, 6>();
-            tile_load<7>(b1 + kTileBytes, kStepStride);
+            tile_load<7>(b1 + kTileBytes, kStride);
             Products::template add<3, 4, 7>();
-            b1 += kStepBytes;
+            b1 += depth / 4 * kStride;
         }
-        a0 += kTileBytes;
-        b0 += kStepBytes;
+        a0 += depth;
+        b0 += depth / 4 * kStride;
     }
 }
 
@@ -116,67 +173,60 @@ PM_INLINE void store_rows(float* to) {
     tile_store<3>(to + kSumsSize / 2 + kTileRows, kPanel * 4);
 }
 
-// Rows of x as bytes, and the panels that they meet.
-struct Operands {
-    const char* x;
-    int64_t row_stride;
-    const char* panels;
-    int64_t panel_stride;
-    int64_t bytes;  // of a row
-};
-
-// Calls emit(rows of 32 sums, first row, rows, panel) for every block of an item.
+// Calls emit(rows of sums, tile, panel) for every block of an item.
 template <class Products, bool pair, class F>
-PM_INLINE void blocks(const Operands& in, const RowTiles& tiles, int64_t panels, const F& emit) {
+PM_INLINE void blocks(const Work& in, const F& emit) {
     constexpr int64_t kTogether = pair ? 1 : 2;  // panels
+    constexpr int64_t kStepBytes = kTileRows * kStride;
+    const RowTiles& tiles = in.tiles;
     const int64_t steps_all = (in.bytes + kTileBytes - 1) / kTileBytes, rest = in.bytes % kTileBytes;
-    const int64_t groups = (panels + kTogether - 1) / kTogether, pairs = pair ? tiles.count / 2 : 1;
+    const int64_t groups = (in.panel_count + kTogether - 1) / kTogether, pairs = pair ? tiles.count / 2 : 1;
     float* sums = scratch(groups * pairs * kSumsSize + tiles.count * kTileFloats);
     char* last_x = reinterpret_cast<char*>(sums + groups * pairs * kSumsSize);
     alignas(64) char last_w[2][kStepBytes];
     alignas(64) float rows[kSumsSize];
-    if (rest) {  // of k: padded with zeros, as are the panels' below
+    if (rest) memset(last_w, 0, sizeof last_w);  // what is left of k is padded with zeros
+    if (rest && !Products::kPadded) {
         memset(last_x, 0, tiles.count * kTileFloats * 4);
+        const char* from = in.x + (steps_all - 1) / Products::kPieceSteps * in.piece_stride +
+                           (steps_all - 1) % Products::kPieceSteps * kTileBytes;
         for (int64_t t = 0; t < tiles.count; ++t)
             for (int64_t r = 0; r < tiles.height; ++r)
-                memcpy(last_x + (t * kTileRows + r) * kTileBytes,
-                       in.x + (tiles.start(t) + r) * in.row_stride + in.bytes - rest, rest);
-        memset(last_w, 0, sizeof last_w);
+                memcpy(last_x + (t * kTileRows + r) * kTileBytes, from + (tiles.start(t) + r) * in.row_stride, rest);
     }
-    for (int64_t step = 0; step < steps_all; step += kPieceSteps) {
-        const bool last = steps_all - step <= kPieceSteps;
-        const int64_t steps = last ? steps_all - step - (rest != 0) : kPieceSteps;
+    for (int64_t step = 0; step < steps_all; step += Products::kPieceSteps) {
+        const bool last = steps_all - step <= Products::kPieceSteps;
+        const int64_t steps = last ? steps_all - step - (rest != 0) : Products::kPieceSteps;
+        const char* x = in.x + step / Products::kPieceSteps * in.piece_stride;
         for (int64_t g = 0; g < groups; ++g) {
-            const int64_t panel = g * kTogether, other = panel + kTogether - 1 < panels ? panel + kTogether - 1 : panel;
+            const int64_t panel = g * kTogether;
             const char* w0 = in.panels + panel * in.panel_stride + step * kStepBytes;
-            const char* w1 = in.panels + other * in.panel_stride + step * kStepBytes;
+            const char* w1 = panel + kTogether - 1 < in.panel_count ? w0 + (kTogether - 1) * in.panel_stride : w0;
             if (last && rest) {
                 const int64_t left = in.panel_stride - (steps_all - 1) * kStepBytes;
                 memcpy(last_w[0], w0 + steps * kStepBytes, left);
                 if (!pair) memcpy(last_w[1], w1 + steps * kStepBytes, left);
             }
             for (int64_t t = 0; t < tiles.count; t += 2) {
-                const int64_t t1 = pair ? t + 1 : t;
-                const char* a0 = in.x + tiles.start(t) * in.row_stride + step * kTileBytes;
-                const char* a1 = in.x + tiles.start(t1) * in.row_stride + step * kTileBytes;
+                const char* a0 = x + tiles.start(t) * in.row_stride;
+                const char* a1 = pair ? x + tiles.start(t + 1) * in.row_stride : a0;
                 float* kept = sums + (g * pairs + t / 2) * kSumsSize;
                 if (step == 0) zero_sums();
                 else load_sums(kept);
-                multiply<Products, pair>(a0, a1, in.row_stride, w0, w1, steps);
+                multiply<Products, pair>(a0, a1, in.row_stride, w0, w1, kTileBytes, steps);
                 if (!last) {
                     store_sums(kept);
                     continue;
                 }
-                if (rest)
-                    multiply<Products, pair>(last_x + t * kTileFloats * 4, last_x + t1 * kTileFloats * 4, kTileBytes,
-                                             last_w[0], last_w[1], 1);
-                store_rows(rows);
-                for (int64_t i = 0; i < 2; ++i) {
-                    const int64_t tile = pair ? t + i : 0, to = pair ? panel : panel + i;
-                    if (to >= panels || tiles.written(tile) <= 0) continue;
-                    const int64_t first = tiles.first_written(tile);
-                    emit(rows + i * kSumsSize / 2 + (first - tiles.start(tile)) * kPanel, first, tiles.written(tile), to);
+                if (rest) {
+                    const char* staged = last_x + t * kTileFloats * 4;
+                    const char* e0 = Products::kPadded ? a0 + steps * kTileBytes : staged;
+                    const char* e1 = Products::kPadded ? a1 + steps * kTileBytes : staged + kTileFloats * 4;
+                    multiply<Products, pair>(e0, e1, Products::kPadded ? in.row_stride : kTileBytes, last_w[0],
+                                             last_w[1], kTileBytes, 1);
                 }
+                store_rows(rows);
+                emit(rows, t, panel);
             }
         }
     }
@@ -185,18 +235,129 @@ PM_INLINE void blocks(const Operands& in, const RowTiles& tiles, int64_t panels,
 PM_KERNEL void linear_tiled(const LinearArgs<bf16>& p, int64_t begin, int64_t end) {
     Tiles tiles;
     for (int64_t item = begin; item < end; ++item) {
-        const int64_t first_row = item % p.row_blocks * p.row_block;
-        const int64_t first_panel = item / p.row_blocks * p.panel_group, left = p.panels_count - first_panel;
-        const RowTiles rows(p.m - first_row < p.row_block ? p.m - first_row : p.row_block);
-        const int64_t panel_stride = (p.k + 1) / 2 * kStepStride;
-        const Operands in{reinterpret_cast<const char*>(p.x + first_row * p.ldx), p.ldx * 2,
-                          reinterpret_cast<const char*>(p.panels) + first_panel * panel_stride, panel_stride, p.k * 2};
-        const auto emit = [&](const float* sums, int64_t first, int64_t count, int64_t panel) {
-            finish(p, sums, kPanel, first_row + first, count, (first_panel + panel) * kPanel);
+        Work work(p, item);
+        work.x = reinterpret_cast<const char*>(p.x + work.first_row * p.ldx);
+        work.row_stride = p.ldx * 2, work.piece_stride = Bf16Products::kPieceSteps * kTileBytes, work.bytes = p.k * 2;
+        work.panel_stride = (p.k + 1) / 2 * kStride;
+        work.panels = reinterpret_cast<const char*>(p.panels) + work.first_panel * work.panel_stride;
+        tiles.configure(work.tiles.height, kTileBytes);
+        const auto run = [&](auto choice) {
+            constexpr bool pair = decltype(choice)::kValue;
+            blocks<Bf16Products, pair>(work, [&](const float* sums, int64_t tile, int64_t panel) {
+                work.finish_block<bf16, pair>(p, sums, tile, panel);
+            });
         };
-        tiles.configure(rows.height);
-        const int64_t panels = left < p.panel_group ? left : p.panel_group;
-        if (rows.count == 1) blocks<Bf16Products, false>(in, rows, panels, emit);
-        else blocks<Bf16Products, true>(in, rows, panels, emit);
+        if (work.tiles.count > 1) run(Choice<true>{});
+        else run(Choice<false>{});
+    }
+}
+
+// Integer sums of a block to floats, in place: one group of all k, weights off by 128. As in q_tile.
+template <class T, bool pair>
+PM_INLINE void scale_bytes(const QLinearArgs<T>& p, const Work& work, float* sums, int64_t tile, int64_t panel) {
+    work.halves<pair>(tile, panel, [&](int64_t which, int64_t t, int64_t from) {
+        const int64_t row = work.first_row + work.tiles.start(t);
+        for (int64_t r = 0; r < work.tiles.height; ++r) {
+            float* at = sums + which * kSumsSize / 2 + r * kPanel;
+            for (int64_t j = 0; j < kPanel; j += W) {
+                const I sum = reinterpret_cast<I>(load(at + j)) - 128 * p.rows.sums[row + r];
+                const V scale = load(p.scales + (work.first_panel + from) * kPanel + j);
+                store(at + j, __builtin_convertvector(sum, V) * (scale * splat(p.rows.scales[row + r])));
+            }
+        }
+    });
+}
+
+// y (+)= one group's sums, in integers, of a block of nibbles. As in q_tile.
+template <class T, bool pair>
+PM_INLINE void add_group(const QLinearArgs<T>& p, const Work& work, const float* sums, float* y, int64_t group,
+                         int64_t tile, int64_t panel) {
+    const int64_t groups = p.rows.groups;
+    work.halves<pair>(tile, panel, [&](int64_t which, int64_t t, int64_t from) {
+        const int64_t row = work.first_row + work.tiles.start(t);
+        const int64_t at = ((work.first_panel + from) * groups + group) * kPanel;
+        for (int64_t r = 0; r < work.tiles.height; ++r) {
+            const int64_t of_x = (row + r) * groups + group, to = which * kSumsSize / 2 + r * kPanel;
+            for (int64_t j = 0; j < kPanel; j += W) {
+                V sum = __builtin_convertvector(reinterpret_cast<I>(load(sums + to + j)), V);
+                sum -= load(p.zeros + at + j) * splat(static_cast<float>(p.rows.sums[of_x]));
+                sum *= load(p.scales + at + j) * splat(p.rows.scales[of_x]);
+                store(y + to + j, group ? load(y + to + j) + sum : sum);
+            }
+        }
+    });
+}
+
+// Bytes of `steps` rows of nibbles, each of two rows of k, to `to`.
+PM_INLINE void unpack(const char* nibbles, int64_t steps, char* to) {
+    for (int64_t s = 0; s < steps; ++s)
+        for (int64_t j = 0; j < kStride; j += 4 * W) {
+            const V bits = load(reinterpret_cast<const float*>(nibbles + s * kStride + j));
+            const U both = reinterpret_cast<U>(bits), low = both & 0x0f0f0f0fu, high = both >> 4 & 0x0f0f0f0fu;
+            store(reinterpret_cast<float*>(to + 2 * s * kStride + j), reinterpret_cast<V>(low));
+            store(reinterpret_cast<float*>(to + (2 * s + 1) * kStride + j), reinterpret_cast<V>(high));
+        }
+}
+
+// A piece of k of a panel becomes bytes once for all rows of the item, in cache; every group has sums of its own.
+template <class T, bool pair>
+PM_INLINE void nibble_blocks(const QLinearArgs<T>& p, const Work& in, int64_t depth) {
+    constexpr int64_t kTogether = pair ? 1 : 2, kBytes = kChunk / 4 * kStride;  // of a panel's piece
+    const RowTiles& tiles = in.tiles;
+    const int64_t panel_groups = (in.panel_count + kTogether - 1) / kTogether, pairs = pair ? tiles.count / 2 : 1;
+    float* y = scratch(panel_groups * pairs * kSumsSize + kTogether * kBytes / 4);
+    char* bytes = reinterpret_cast<char*>(y + panel_groups * pairs * kSumsSize);
+    alignas(64) float sums[kSumsSize];
+    for (int64_t k = 0; k < p.k; k += kChunk) {
+        const int64_t left = p.k - k < kChunk ? p.k - k : kChunk, rows = (left + 7) / 8;
+        const char* x = in.x + k / kChunk * in.piece_stride;
+        for (int64_t g = 0; g < panel_groups; ++g) {
+            const int64_t panel = g * kTogether;
+            const bool second = panel + kTogether - 1 < in.panel_count;
+            for (int64_t j = 0; j < (second ? kTogether : 1); ++j) {
+                char* to = bytes + j * kBytes;
+                unpack(in.panels + (panel + j) * in.panel_stride + k / 8 * kStride, rows, to);
+                memset(to + 2 * rows * kStride, 0, kBytes - 2 * rows * kStride);  // they meet zeros of x
+            }
+            const char* other = second ? bytes + (kTogether - 1) * kBytes : bytes;
+            for (int64_t t = 0; t < tiles.count; t += 2) {
+                const char* a0 = x + tiles.start(t) * in.row_stride;
+                const char* a1 = pair ? x + tiles.start(t + 1) * in.row_stride : a0;
+                float* to = y + (g * pairs + t / 2) * kSumsSize;
+                for (int64_t at = 0; at < left; at += p.rows.group) {
+                    const int64_t of_group = left - at < p.rows.group ? left - at : p.rows.group;
+                    zero_sums();
+                    multiply<ByteProducts, pair>(a0 + at, a1 + at, in.row_stride, bytes + at / 4 * kStride,
+                                                 other + at / 4 * kStride, depth, (of_group + depth - 1) / depth);
+                    store_rows(sums);
+                    add_group<T, pair>(p, in, sums, to, (k + at) / p.rows.group, t, panel);
+                }
+                if (k + left == p.k) in.finish_block<T, pair>(p, to, t, panel);
+            }
+        }
+    }
+}
+
+template <class T>
+PM_KERNEL void qlinear_tiled(const QLinearArgs<T>& p, int64_t begin, int64_t end) {
+    Tiles tiles;
+    const int64_t depth = p.rows.group < kTileBytes && p.zeros ? p.rows.group : kTileBytes;
+    for (int64_t item = begin; item < end; ++item) {
+        Work work(p, item);
+        work.x = reinterpret_cast<const char*>(p.rows.x + work.first_row * kChunkStride);
+        work.row_stride = kChunkStride, work.piece_stride = p.m * kChunkStride, work.bytes = p.k;
+        work.panel_stride = (p.zeros ? (p.k + 7) / 8 : (p.k + 3) / 4) * kStride;
+        work.panels = reinterpret_cast<const char*>(p.panels) + work.first_panel * work.panel_stride;
+        tiles.configure(work.tiles.height, depth);
+        const auto run = [&](auto choice) {
+            constexpr bool pair = decltype(choice)::kValue;
+            if (p.zeros) return nibble_blocks<T, pair>(p, work, depth);
+            blocks<ByteProducts, pair>(work, [&](float* sums, int64_t tile, int64_t panel) {
+                scale_bytes<T, pair>(p, work, sums, tile, panel);
+                work.finish_block<T, pair>(p, sums, tile, panel);
+            });
+        };
+        if (work.tiles.count > 1) run(Choice<true>{});
+        else run(Choice<false>{});
     }
 }
