@@ -103,7 +103,7 @@ struct Work {
 
     // Writes half `which` of the rows of sums of a block.
     template <class T, bool pair>
-    void finish_block(const LinearOut<T>& p, const float* sums, int64_t tile, int64_t panel) const {
+    __attribute__((noinline, flatten)) void finish_block(const LinearOut<T>& p, const float* sums, int64_t tile, int64_t panel) const {
         halves<pair>(tile, panel, [&](int64_t which, int64_t t, int64_t to) {
             const int64_t from = tiles.first_written(t) - tiles.start(t);
             finish(p, sums + which * kSumsSize / 2 + from * kPanel, kPanel, first_row + tiles.first_written(t),
