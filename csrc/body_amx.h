@@ -185,44 +185,50 @@ PM_INLINE void blocks(const Work& in, const F& emit) {
     char* last_x = reinterpret_cast<char*>(sums + groups * pairs * kSumsSize);
     alignas(64) char last_w[2][kStepBytes];
     alignas(64) float rows[kSumsSize];
+    const char* end_of_x = in.x + (steps_all - 1) / Products::kPieceSteps * in.piece_stride +
+                           (steps_all - 1) % Products::kPieceSteps * kTileBytes;
     if (rest) memset(last_w, 0, sizeof last_w);  // what is left of k is padded with zeros
     if (rest && !Products::kPadded) {
         memset(last_x, 0, tiles.count * kTileFloats * 4);
-        const char* from = in.x + (steps_all - 1) / Products::kPieceSteps * in.piece_stride +
-                           (steps_all - 1) % Products::kPieceSteps * kTileBytes;
         for (int64_t t = 0; t < tiles.count; ++t)
             for (int64_t r = 0; r < tiles.height; ++r)
-                memcpy(last_x + (t * kTileRows + r) * kTileBytes, from + (tiles.start(t) + r) * in.row_stride, rest);
+                memcpy(last_x + (t * kTileRows + r) * kTileBytes, end_of_x + (tiles.start(t) + r) * in.row_stride, rest);
     }
-    for (int64_t step = 0; step < steps_all; step += Products::kPieceSteps) {
-        const bool last = steps_all - step <= Products::kPieceSteps;
-        const int64_t steps = last ? steps_all - step - (rest != 0) : Products::kPieceSteps;
-        const char* x = in.x + step / Products::kPieceSteps * in.piece_stride;
+    // Of few rows the weights are read once and nothing is gained by pieces.
+    const int64_t span = tiles.count > 2 ? Products::kPieceSteps : steps_all, whole = steps_all - (rest != 0);
+    for (int64_t begin = 0; begin < steps_all; begin += span) {
+        const bool last = steps_all - begin <= span;
+        const int64_t end = last ? whole : begin + span;
         for (int64_t g = 0; g < groups; ++g) {
             const int64_t panel = g * kTogether;
-            const char* w0 = in.panels + panel * in.panel_stride + step * kStepBytes;
+            const char* w0 = in.panels + panel * in.panel_stride;
             const char* w1 = panel + kTogether - 1 < in.panel_count ? w0 + (kTogether - 1) * in.panel_stride : w0;
             if (last && rest) {
-                const int64_t left = in.panel_stride - (steps_all - 1) * kStepBytes;
-                memcpy(last_w[0], w0 + steps * kStepBytes, left);
-                if (!pair) memcpy(last_w[1], w1 + steps * kStepBytes, left);
+                const int64_t left = in.panel_stride - whole * kStepBytes;
+                memcpy(last_w[0], w0 + whole * kStepBytes, left);
+                if (!pair) memcpy(last_w[1], w1 + whole * kStepBytes, left);
             }
             for (int64_t t = 0; t < tiles.count; t += 2) {
-                const char* a0 = x + tiles.start(t) * in.row_stride;
-                const char* a1 = pair ? x + tiles.start(t + 1) * in.row_stride : a0;
+                const int64_t row0 = tiles.start(t) * in.row_stride;
+                const int64_t row1 = pair ? tiles.start(t + 1) * in.row_stride : row0;
                 float* kept = sums + (g * pairs + t / 2) * kSumsSize;
-                if (step == 0) zero_sums();
+                if (begin == 0) zero_sums();
                 else load_sums(kept);
-                multiply<Products, pair>(a0, a1, in.row_stride, w0, w1, kTileBytes, steps);
+                for (int64_t step = begin; step < end; step += Products::kPieceSteps) {
+                    const char* x = in.x + step / Products::kPieceSteps * in.piece_stride;
+                    const int64_t left = end - step;
+                    multiply<Products, pair>(x + row0, x + row1, in.row_stride, w0 + step * kStepBytes,
+                                             w1 + step * kStepBytes, kTileBytes,
+                                             left < Products::kPieceSteps ? left : Products::kPieceSteps);
+                }
                 if (!last) {
                     store_sums(kept);
                     continue;
                 }
                 if (rest) {
-                    const char* staged = last_x + t * kTileFloats * 4;
-                    const char* e0 = Products::kPadded ? a0 + steps * kTileBytes : staged;
-                    const char* e1 = Products::kPadded ? a1 + steps * kTileBytes : staged + kTileFloats * 4;
-                    multiply<Products, pair>(e0, e1, Products::kPadded ? in.row_stride : kTileBytes, last_w[0],
+                    const char* x0 = Products::kPadded ? end_of_x + row0 : last_x + t * kTileFloats * 4;
+                    const char* x1 = Products::kPadded ? end_of_x + row1 : last_x + (t + 1) * kTileFloats * 4;
+                    multiply<Products, pair>(x0, x1, Products::kPadded ? in.row_stride : kTileBytes, last_w[0],
                                              last_w[1], kTileBytes, 1);
                 }
                 store_rows(rows);
@@ -308,31 +314,35 @@ PM_INLINE void nibble_blocks(const QLinearArgs<T>& p, const Work& in, int64_t de
     float* y = scratch(panel_groups * pairs * kSumsSize + kTogether * kBytes / 4);
     char* bytes = reinterpret_cast<char*>(y + panel_groups * pairs * kSumsSize);
     alignas(64) float sums[kSumsSize];
-    for (int64_t k = 0; k < p.k; k += kChunk) {
-        const int64_t left = p.k - k < kChunk ? p.k - k : kChunk, rows = (left + 7) / 8;
-        const char* x = in.x + k / kChunk * in.piece_stride;
+    const int64_t span = tiles.count > 2 ? kChunk : p.k;  // as in blocks()
+    for (int64_t begin = 0; begin < p.k; begin += span) {
+        const int64_t end = p.k - begin < span ? p.k : begin + span;
         for (int64_t g = 0; g < panel_groups; ++g) {
             const int64_t panel = g * kTogether;
             const bool second = panel + kTogether - 1 < in.panel_count;
-            for (int64_t j = 0; j < (second ? kTogether : 1); ++j) {
-                char* to = bytes + j * kBytes;
-                unpack(in.panels + (panel + j) * in.panel_stride + k / 8 * kStride, rows, to);
-                memset(to + 2 * rows * kStride, 0, kBytes - 2 * rows * kStride);  // they meet zeros of x
-            }
-            const char* other = second ? bytes + (kTogether - 1) * kBytes : bytes;
-            for (int64_t t = 0; t < tiles.count; t += 2) {
-                const char* a0 = x + tiles.start(t) * in.row_stride;
-                const char* a1 = pair ? x + tiles.start(t + 1) * in.row_stride : a0;
-                float* to = y + (g * pairs + t / 2) * kSumsSize;
-                for (int64_t at = 0; at < left; at += p.rows.group) {
-                    const int64_t of_group = left - at < p.rows.group ? left - at : p.rows.group;
-                    zero_sums();
-                    multiply<ByteProducts, pair>(a0 + at, a1 + at, in.row_stride, bytes + at / 4 * kStride,
-                                                 other + at / 4 * kStride, depth, (of_group + depth - 1) / depth);
-                    store_rows(sums);
-                    add_group<T, pair>(p, in, sums, to, (k + at) / p.rows.group, t, panel);
+            for (int64_t k = begin; k < end; k += kChunk) {
+                const int64_t left = end - k < kChunk ? end - k : kChunk, rows = (left + 7) / 8;
+                for (int64_t j = 0; j < (second ? kTogether : 1); ++j) {
+                    char* to = bytes + j * kBytes;
+                    unpack(in.panels + (panel + j) * in.panel_stride + k / 8 * kStride, rows, to);
+                    memset(to + 2 * rows * kStride, 0, kBytes - 2 * rows * kStride);  // they meet zeros of x
                 }
-                if (k + left == p.k) in.finish_block<T, pair>(p, to, t, panel);
+                const char* x = in.x + k / kChunk * in.piece_stride;
+                const char* other = second ? bytes + (kTogether - 1) * kBytes : bytes;
+                for (int64_t t = 0; t < tiles.count; t += 2) {
+                    const char* x0 = x + tiles.start(t) * in.row_stride;
+                    const char* x1 = pair ? x + tiles.start(t + 1) * in.row_stride : x0;
+                    float* to = y + (g * pairs + t / 2) * kSumsSize;
+                    for (int64_t at = 0; at < left; at += p.rows.group) {
+                        const int64_t of_group = left - at < p.rows.group ? left - at : p.rows.group;
+                        zero_sums();
+                        multiply<ByteProducts, pair>(x0 + at, x1 + at, in.row_stride, bytes + at / 4 * kStride,
+                                                     other + at / 4 * kStride, depth, (of_group + depth - 1) / depth);
+                        store_rows(sums);
+                        add_group<T, pair>(p, in, sums, to, (k + at) / p.rows.group, t, panel);
+                    }
+                    if (k + left == p.k) in.finish_block<T, pair>(p, to, t, panel);
+                }
             }
         }
     }
