@@ -29,16 +29,29 @@ namespace pagemill::amx_emulated {
 namespace pagemill {
 namespace {
 
-Isa with_tiles(const char* name, decltype(TypedKernels<bf16>::linear) linear) {
+template <class T>
+struct Tiled {
+    decltype(TypedKernels<T>::qlinear) qlinear;
+    decltype(TypedKernels<T>::linear) linear = nullptr;
+
+    void put(TypedKernels<T>& kernels) const {
+        kernels.qlinear = qlinear, kernels.qlinear_blocking = amx::kTileBlocking;
+        if (linear) kernels.linear = linear, kernels.linear_blocking = amx::kTileBlocking;
+    }
+};
+
+Isa with_tiles(const char* name, const Tiled<float>& f32, const Tiled<bf16>& b16) {
     Isa isa = kAvx512Bf16;
     isa.name = name;
-    isa.b16.linear = linear, isa.b16.linear_blocking = amx::kTileBlocking;
+    f32.put(isa.f32);
+    b16.put(isa.b16);
     return isa;
 }
 
 }  // namespace
 
-const Isa kAmx = with_tiles("amx", &amx::linear_tiled);
-const Isa kAmxEmulated = with_tiles("amx-emulated", &amx_emulated::linear_tiled);
+const Isa kAmx = with_tiles("amx", {&amx::qlinear_tiled<float>}, {&amx::qlinear_tiled<bf16>, &amx::linear_tiled});
+const Isa kAmxEmulated = with_tiles("amx-emulated", {&amx_emulated::qlinear_tiled<float>},
+                                    {&amx_emulated::qlinear_tiled<bf16>, &amx_emulated::linear_tiled});
 }  // namespace pagemill
 #endif

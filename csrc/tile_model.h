@@ -42,15 +42,15 @@ public:
 
     void release() { *this = TileModel(); }  // TILERELEASE
 
-    void zero(int t) { std::memset(used(t).data, 0, sizeof tiles_[t].data); }  // TILEZERO
+    __attribute__((noinline)) void zero(int t) { std::memset(used(t).data, 0, sizeof tiles_[t].data); }  // TILEZERO
 
-    void load(int t, const void* from, int64_t stride) {  // TILELOADD
+    __attribute__((noinline)) void load(int t, const void* from, int64_t stride) {  // TILELOADD
         zero(t);
         for (int r = 0; r < tiles_[t].rows; ++r)
             std::memcpy(tiles_[t].data[r], static_cast<const char*>(from) + r * stride, tiles_[t].bytes);
     }
 
-    void store(int t, void* to, int64_t stride) {  // TILESTORED
+    __attribute__((noinline)) void store(int t, void* to, int64_t stride) {  // TILESTORED
         const Tile& tile = used(t);
         for (int r = 0; r < tile.rows; ++r)
             std::memcpy(static_cast<char*>(to) + r * stride, tile.data[r], tile.bytes);

@@ -9,13 +9,24 @@ from torch import Tensor
 import pagemill._native as _native
 from pagemill.kernels import Kernels, PackedLinear, Scheme
 from pagemill.kernels.linear import dequantize_reference
-from tests.kernels.conftest import open_kernels
+from tests.kernels.conftest import LINEAR_ISAS, open_kernels
 
 SHAPES = [
     (1, 1, 1), (1, 33, 257), (2, 31, 100), (3, 40, 513), (4, 96, 132), (5, 161, 1029), (6, 32, 8), (7, 257, 64),
     (9, 64, 2100), (12, 128, 96), (13, 97, 300), (25, 32, 33), (97, 160, 140), (193, 40, 520),
+    (14, 96, 1024), (17, 64, 1060), (300, 33, 70),
 ]  # fmt: skip
 SCHEMES: list[tuple[Scheme, int]] = [("int8", 128), ("int4", 128), ("int4", 64), ("int4", 32)]
+
+
+@pytest.fixture(params=["reference", *LINEAR_ISAS])
+def kernels(request: pytest.FixtureRequest, dtype: torch.dtype) -> Kernels:
+    return open_kernels(request.param, dtype)
+
+
+@pytest.fixture(params=LINEAR_ISAS)
+def native(request: pytest.FixtureRequest, dtype: torch.dtype) -> Kernels:
+    return open_kernels(request.param, dtype)
 
 
 @pytest.fixture(params=SCHEMES, ids=lambda case: f"{case[0]}-{case[1]}")
