@@ -35,14 +35,14 @@ PM_INLINE void finish(const AttentionArgs<T, C>& p, int64_t row, const float* ou
 }
 
 template <class T, class C>
-PM_KERNEL void attention(const AttentionArgs<T, C>& p) {
+PM_KERNEL void attention(const AttentionArgs<T, C>& p, const AttentionArgs<T, C>* next) {
     typename TileOf<T, C>::Type t;
     const int64_t rows = p.tokens * p.group, stride = attention_partial(p.d);
     const bool alone = !p.partial && p.keys <= kAttentionRange;
     const int64_t working = (t.floats(p) + 15) / 16 * 16;
     float* memory = scratch(working + (alone || p.partial ? 0 : rows * stride));
     float* joined = p.partial ? p.partial : memory + working;
-    t.begin(p, memory);
+    t.begin(p, next, memory);
     for (int64_t start = p.first_key; start < p.keys; start += kAttentionRange) {
         const int64_t end = start + kAttentionRange < p.keys ? start + kAttentionRange : p.keys;
         clear(t.out, rows * t.ldv);

@@ -136,7 +136,7 @@ struct FloatTile {
     static int64_t floats(const AttentionArgs<T, C>& p) {
         return p.tokens * p.group * (2 * kAStride + columns(p) + W + 1) + kKeys * (p.d + columns(p));
     }
-    void begin(const AttentionArgs<T, C>& p, float* memory) {
+    void begin(const AttentionArgs<T, C>& p, const AttentionArgs<T, C>*, float* memory) {
         const int64_t rows = p.tokens * p.group;
         ldv = columns(p);
         q = memory;

@@ -72,16 +72,7 @@ static void word_tile(const Word* a, const Operand<B>& b, int64_t column, float*
                 row[j] = step_of(at[j], b.stride);
                 at[j] += move;
                 if constexpr (!staged) {
-#ifndef PF
-#define PF 1
-#endif
-#ifndef PF_COND
-#define PF_COND (PF == 1)
-#endif
-#ifndef HINT
-#define HINT 2
-#endif
-                    if (PF_COND) __builtin_prefetch(ahead[j], 0, HINT);
+                    __builtin_prefetch(ahead[j], 0, 2);
                     ahead[j] += move;
                 }
             }
@@ -215,21 +206,37 @@ PM_INLINE void soften_words(const float* s, Word* weights, int64_t valid, const 
     }
 }
 
-// Blocks of the tile at key `first`, or of `otherwise` where that lies past the end: what an operand in the cache steps along.
+// The pointers that an operand in the cache steps along for the tile at key `first`. Past the last key they stay with it.
 template <class C>
-PM_INLINE void find_keys(const AttentionArgs<bf16, C>& p, int64_t first, int64_t otherwise, const C** at) {
+PM_INLINE void find_keys(const AttentionArgs<bf16, C>& p, int64_t first, const C** at) {
     for (int64_t j = 0; j < kVectors; ++j) {
         const int64_t key = first + j * W;
-        at[j] = keys_at(p, key < p.keys ? key : otherwise + j * W);
+        at[j] = keys_at(p, key < p.keys ? key : first);
     }
 }
 template <class C>
-PM_INLINE void find_values(const AttentionArgs<bf16, C>& p, int64_t first, int64_t otherwise, int64_t run, const C** at) {
+PM_INLINE void find_values(const AttentionArgs<bf16, C>& p, int64_t first, int64_t run, const C** at) {
     const int64_t columns = p.d / W;
     for (int64_t j = 0; j < kKeys; j += run) {
-        const C* v = values_at(p, first + j < p.keys ? first + j : otherwise + j);
+        const C* v = values_at(p, first + j < p.keys ? first + j : first);
         for (int64_t i = 0; i < columns; ++i) *at++ = v + i * W;
     }
+}
+
+template <class C>
+PM_INLINE void fetch(const C* p, int64_t n) {
+    for (int64_t i = 0; i < n; i += 64 / static_cast<int64_t>(sizeof(C))) __builtin_prefetch(p + i, 0, 2);
+    __builtin_prefetch(p + n - 1, 0, 2);
+}
+
+// Asks for row r of packed queries, keys and values of the next item: their rows lie a page of memory apart, and the
+// machine does not see them coming.
+template <class C>
+PM_INLINE void fetch_row(const AttentionArgs<bf16, C>& p, const AttentionArgs<bf16, C>& next, int64_t r) {
+    if (r < next.tokens) fetch(next.q + r * next.q_token, next.d);
+    if (r >= next.keys || next.k == p.k) return;
+    fetch(next.k + r * next.k_key, next.d);
+    fetch(next.v + r * next.v_key, next.d);
 }
 
 // As FloatTile, in pairs of bfloat16.
@@ -239,13 +246,15 @@ struct WordTile {
     Word *q, *weights, *kt, *vt;
     float *s, *out, *lanes, *maxima;
     int64_t ldv;
+    const AttentionArgs<bf16, C>* next;
 
     static int64_t floats(const AttentionArgs<bf16, C>& p) {
         const int64_t rows = p.tokens * p.group, columns = (p.d + W - 1) / W * W;
         return (rows + kTileRows) * kWordStride + (p.d + 1) / 2 * kKeys + kKeys / 2 * columns + kTileRows * kKeys +
                rows * (columns + W + 1);
     }
-    void begin(const AttentionArgs<bf16, C>& p, float* memory) {
+    void begin(const AttentionArgs<bf16, C>& p, const AttentionArgs<bf16, C>* after, float* memory) {
+        next = after;
         const int64_t rows = p.tokens * p.group;
         ldv = (p.d + W - 1) / W * W;
         q = reinterpret_cast<Word*>(memory);
@@ -270,16 +279,20 @@ struct WordTile {
         if (p.blocks && left <= kRowsInPlace && count == kKeys && p.block_size % W == 0 && p.d % W == 0) {
             const C *keys[2 * kVectors], *values[2 * kMostAt];
             const int64_t run = p.block_size % kKeys == 0 ? kKeys : p.block_size % (2 * W) == 0 ? 2 * W : W;
-            find_keys(p, first, first, keys);
-            find_keys(p, first + kKeys, first, keys + kVectors);
-            find_values(p, first, first, run, values);
-            find_values(p, first + kKeys, first, run, values + kMostAt);
+            find_keys(p, first, keys);
+            const bool crosses = first + kKeys >= p.keys && next && next->blocks;
+            const auto& following = crosses ? *next : p;
+            const int64_t at = crosses ? next->first_key : first + kKeys < p.keys ? first + kKeys : first;
+            find_keys(following, at, keys + kVectors);
+            find_values(p, first, run, values);
+            find_values(following, at, run, values + kMostAt);
             const Operand<C> k{keys, keys + kVectors, kVectors, 1, p.d / 2, p.block_size,
                                p.block_size == W ? 0 : p.block_size};
             const Operand<C> v{values, values + kMostAt, p.d / W, kKeys / run, run / 2, p.d, p.d};
             multiply(p, first, count, k, v, &factor);
         } else {
-            prefetch_paged(p, first + kKeys);
+            if (first + kKeys < p.keys) prefetch_paged(p, first + kKeys);
+            else if (next) prefetch_paged(*next, next->first_key);
             stage_words(p, first, count, kt, vt, ldv);
             const Word *keys[kVectors], *values[256 / W];
             for (int j = 0; j < kVectors; ++j) keys[j] = kt + j * W;
@@ -296,12 +309,14 @@ struct WordTile {
                             const Operand<B>& v, const V* factor) {
         const int64_t begin = first_row(p, first), left = p.tokens * p.group - begin;
         const int64_t tiles = (left + kTileRows - 1) / kTileRows;
+        const bool fetch = !p.blocks && next && first + kKeys >= p.keys;
         for (int64_t t = 0; t < tiles; ++t) {
             const int64_t row = begin + left * t / tiles, rows = begin + left * (t + 1) / tiles - row;
             float* o = out + row * ldv;
             product(rows, q + row * kWordStride, k, s, kKeys, false);
             for (int64_t r = 0; r < rows; ++r) {
                 const int64_t seen = visible(p, row + r) - first;
+                if (fetch) fetch_row(p, *next, row + r);
                 soften_words<false>(s + r * kKeys, weights + r * kWordStride, seen < count ? seen : count, factor, nullptr,
                                     maxima[row + r], lanes + (row + r) * W, o + r * ldv, ldv);
             }

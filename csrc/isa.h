@@ -170,7 +170,7 @@ struct TypedKernels {
     void (*swiglu)(const T* gate_up, int64_t ld, T* out, int64_t width, int64_t begin, int64_t end);
     void (*gelu)(const T* x, T* out, int64_t begin, int64_t end);
     void (*rotary)(const RotaryArgs<T>&, int64_t begin, int64_t end);
-    void (*attention)(const AttentionArgs<T, T>&);
+    void (*attention)(const AttentionArgs<T, T>&, const AttentionArgs<T, T>* next);  // next: fetched ahead, or null
     void (*join_ranges)(const AttentionArgs<T, T>&);
     void (*pixel_values)(const PixelArgs<T>&, int64_t begin, int64_t end);
 };

@@ -31,6 +31,7 @@ Work<A>& begin_work() {
     return work;
 }
 
+// kernel(item, the one after it or null) for all items.
 template <class A, class Kernel>
 void run_all(const std::vector<A>& items, std::vector<int32_t>& order, Kernel kernel) {
     // Long contexts first: the threads finish together.
@@ -39,14 +40,16 @@ void run_all(const std::vector<A>& items, std::vector<int32_t>& order, Kernel ke
     order.resize(items.size());
     for (size_t i = 0; i < order.size(); ++i) order[i] = static_cast<int32_t>(i);
     if (!std::is_sorted(order.begin(), order.end(), before)) std::sort(order.begin(), order.end(), before);
-    parallel_for(static_cast<int64_t>(items.size()), 1, [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) kernel(items[order[i]]);
+    const int64_t count = static_cast<int64_t>(items.size());
+    const int64_t chunk = std::clamp<int64_t>(count / (16 * num_threads()), 1, 16);
+    parallel_for(count, chunk, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) kernel(items[order[i]], i + 1 < end ? &items[order[i + 1]] : nullptr);
     });
 }
 
 // Items whose keys are split into ranges become parts, which are joined once all are done.
-template <class A, class Kernel>
-void run(Work<A>& work, Kernel attention, Kernel join_ranges) {
+template <class A, class Kernel, class Join>
+void run(Work<A>& work, Kernel attention, Join join_ranges) {
     int64_t floats = 0;
     if (work.items.size() < kItemsEach * static_cast<size_t>(num_threads())) {
         for (A& a : work.items)
@@ -74,7 +77,7 @@ void run(Work<A>& work, Kernel attention, Kernel join_ranges) {
     }
     work.items.erase(whole, work.items.end());
     run_all(work.parts, work.order, attention);
-    run_all(work.items, work.order, join_ranges);
+    run_all(work.items, work.order, [&](const A& a, const A*) { join_ranges(a); });
 }
 
 template <class T>
