@@ -1,7 +1,8 @@
 // Arrays from Python through DLPack: no copy, no link against torch.
 //
-// An argument of type Array accepts a "dltensor" capsule or any object with __dlpack__. The capsule is never
-// consumed (never renamed to "used_dltensor"): whoever made it still owns the memory, Array keeps it alive.
+// An argument of type Array accepts a "dltensor" capsule, or any object whose type has DLPack's table of C functions or
+// that has __dlpack__. A capsule is never consumed (never renamed to "used_dltensor"): whoever made it still owns the memory,
+// Array keeps it, or the object, alive.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -25,6 +26,19 @@ struct Tensor {
     int64_t* shape;
     int64_t* strides;  // in elements; null: row-major
     uint64_t byte_offset;
+};
+// DLPackExchangeAPI of DLPack 1.x, the capsule "dlpack_exchange_api" of a type, up to the function used here: a view of an
+// object, without an owner.
+struct ExchangeHeader {
+    uint32_t major, minor;
+    ExchangeHeader* older;
+};
+struct ExchangeApi {
+    ExchangeHeader header;
+    int (*allocate)(Tensor*, void**, void*, void (*)(void*, const char*, const char*));
+    int (*export_object)(void* object, void** out);
+    int (*import_object)(void* tensor, void** out);
+    int (*view)(void* object, Tensor* out);
 };
 constexpr int32_t kCPU = 1;
 constexpr uint8_t kInt = 0, kUInt = 1, kFloat = 2, kBfloat = 4;
@@ -120,6 +134,11 @@ struct type_caster<pagemill::Array> {
     PYBIND11_TYPE_CASTER(pagemill::Array, const_name("Array"));
 
     bool load(handle src, bool) {
+        if (const auto* api = exchange_of(Py_TYPE(src.ptr()))) {
+            pagemill::dlpack::Tensor view;
+            if (api->view(src.ptr(), &view)) throw error_already_set();
+            return take(view, reinterpret_borrow<object>(src));
+        }
         object capsule = reinterpret_borrow<object>(src);
         if (!PyCapsule_CheckExact(src.ptr())) {
             if (!hasattr(src, "__dlpack__")) return false;
@@ -127,19 +146,42 @@ struct type_caster<pagemill::Array> {
         }
         auto* tensor = static_cast<pagemill::dlpack::Tensor*>(PyCapsule_GetPointer(capsule.ptr(), "dltensor"));
         if (!tensor) throw error_already_set();
-        if (tensor->ndim > pagemill::Array::kMaxDims) throw std::invalid_argument("an array of too many dimensions");
-        value.owner = std::move(capsule);
-        value.data = static_cast<char*>(tensor->data) + tensor->byte_offset;
-        value.on_cpu = tensor->device.type == pagemill::dlpack::kCPU;
-        value.ndim = tensor->ndim;
-        value.dtype = dtype_of(tensor->dtype);
+        return take(*tensor, std::move(capsule));
+    }
+
+    bool take(const pagemill::dlpack::Tensor& tensor, object owner) {
+        if (tensor.ndim > pagemill::Array::kMaxDims) throw std::invalid_argument("an array of too many dimensions");
+        value.owner = std::move(owner);
+        value.data = static_cast<char*>(tensor.data) + tensor.byte_offset;
+        value.on_cpu = tensor.device.type == pagemill::dlpack::kCPU;
+        value.ndim = tensor.ndim;
+        value.dtype = dtype_of(tensor.dtype);
         int64_t dense = 1;
-        for (int i = tensor->ndim - 1; i >= 0; --i) {
-            value.shape[i] = tensor->shape[i];
-            value.strides[i] = tensor->strides ? tensor->strides[i] : dense;
-            dense *= tensor->shape[i];
+        for (int i = tensor.ndim - 1; i >= 0; --i) {
+            value.shape[i] = tensor.shape[i];
+            value.strides[i] = tensor.strides ? tensor.strides[i] : dense;
+            dense *= tensor.shape[i];
         }
         return true;
+    }
+
+    // The functions of a type, or null. The type asked for last is remembered, under the interpreter lock.
+    static const pagemill::dlpack::ExchangeApi* exchange_of(PyTypeObject* type) {
+        static PyTypeObject* known = nullptr;
+        static const pagemill::dlpack::ExchangeApi* api = nullptr;
+        if (type == known || type == &PyCapsule_Type) return type == known ? api : nullptr;
+        const handle asked = reinterpret_cast<PyObject*>(type);
+        const object capsule = getattr(asked, "__dlpack_c_exchange_api__", none());
+        if (!PyCapsule_IsValid(capsule.ptr(), "dlpack_exchange_api")) return nullptr;
+        auto* found = static_cast<pagemill::dlpack::ExchangeHeader*>(
+            PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
+        while (found && found->major != 1) found = found->older;
+        auto* functions = reinterpret_cast<const pagemill::dlpack::ExchangeApi*>(found);
+        if (!functions || !functions->view) return nullptr;
+        Py_XDECREF(known);
+        Py_INCREF(type);
+        known = type, api = functions;
+        return api;
     }
 
     static pagemill::DType dtype_of(pagemill::dlpack::DataType d) {
