@@ -77,8 +77,6 @@ def instrument(engine: Engine, clock: Clock) -> None:
         ops = {op: clock.wrap(f"{name}: {op}", getattr(model.kernels, op)) for op in _OPS}
         model.kernels = dataclasses.replace(model.kernels, **ops)
     core.model.vision = clock.wrap("vision: rest", core.model.vision)  # type: ignore[assignment]
-    rope = core.model.decoder.rope
-    core.model.decoder.rope = clock.wrap("decoder: rope tables", rope)  # type: ignore[assignment]
     decoder = core.model.decoder
     core.model.decoder = _Proxy(decoder, clock.wrap("decoder: rest", decoder))  # type: ignore[assignment]
     clock.patch(core.runner, "_lay_out", "step: layout")

@@ -1,9 +1,10 @@
 // Arrays from Python through DLPack: no copy, no link against torch.
 //
-// An argument of type Array accepts a "dltensor" or "dltensor_versioned" capsule, or any object with __dlpack__. The
-// capsule is never consumed (never renamed to "used_dltensor"): whoever made it still owns the memory, Array keeps it
-// alive. What a capsule says of its memory is believed. That it makes sense, and is what the op takes, is seen to by check,
-// through which every argument goes, and by check_written for outputs; neither takes longer for a larger array.
+// An argument of type Array accepts a "dltensor" or "dltensor_versioned" capsule, or any object whose type has DLPack's table of C
+// functions or that has __dlpack__. A capsule is never consumed (never renamed to "used_dltensor"): whoever made it still
+// owns the memory, Array keeps it, or the object, alive. What is said of the memory is believed. That it makes sense, and is
+// what the op takes, is seen to by check, through which every argument goes, and by check_written for outputs; neither takes
+// longer for a larger array.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -40,6 +41,19 @@ struct Versioned {  // of a "dltensor_versioned" capsule
 };
 constexpr uint32_t kMajor = 1;
 constexpr uint64_t kReadOnly = 1;
+// DLPackExchangeAPI of DLPack 1.x, the capsule "dlpack_exchange_api" of a type, up to the function used here: a view of an
+// object, without an owner.
+struct ExchangeHeader {
+    uint32_t major, minor;
+    ExchangeHeader* older;
+};
+struct ExchangeApi {
+    ExchangeHeader header;
+    int (*allocate)(Tensor*, void**, void*, void (*)(void*, const char*, const char*));
+    int (*export_object)(void* object, void** out);
+    int (*import_object)(void* tensor, void** out);
+    int (*view)(void* object, Tensor* out);
+};
 constexpr int32_t kCPU = 1;
 constexpr uint8_t kInt = 0, kUInt = 1, kFloat = 2, kBfloat = 4;
 }  // namespace dlpack
@@ -77,6 +91,7 @@ struct Array {
     T* as() const { return reinterpret_cast<T*>(data); }
 
     void read(pybind11::handle source);
+    void describe(const dlpack::Tensor& tensor);
 
     int64_t size() const { return count; }
     bool contiguous() const { return packed; }  // in row-major order; any array without an element is
@@ -180,9 +195,36 @@ inline DType dtype_of(dlpack::DataType d) {
     return DType::other;
 }
 
-// Fills a fresh Array from a capsule, or from an object that gives one.
+// The C functions of a type, or null. The type asked for last is remembered, under the interpreter lock.
+inline const dlpack::ExchangeApi* exchange_of(PyTypeObject* type) {
+    static PyTypeObject* known = nullptr;
+    static const dlpack::ExchangeApi* api = nullptr;
+    if (type == known || type == &PyCapsule_Type) return type == known ? api : nullptr;
+    const pybind11::handle asked = reinterpret_cast<PyObject*>(type);
+    const pybind11::object capsule = pybind11::getattr(asked, "__dlpack_c_exchange_api__", pybind11::none());
+    if (!PyCapsule_IsValid(capsule.ptr(), "dlpack_exchange_api")) return nullptr;
+    auto* found = static_cast<dlpack::ExchangeHeader*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
+    while (found && found->major != dlpack::kMajor) found = found->older;
+    auto* functions = reinterpret_cast<const dlpack::ExchangeApi*>(found);
+    if (!functions || !functions->view) return nullptr;
+    Py_XDECREF(known);
+    Py_INCREF(type);
+    known = type, api = functions;
+    return api;
+}
+
+// Fills a fresh Array from an object, or from a capsule of one.
 [[gnu::noinline]] inline void Array::read(pybind11::handle source) {
     owner = pybind11::reinterpret_borrow<pybind11::object>(source);
+    if (const auto* api = exchange_of(Py_TYPE(source.ptr()))) {
+        dlpack::Tensor view;
+        if (api->view(source.ptr(), &view)) {
+            PyErr_Clear();
+            fault = "an array without memory to look at";
+            return;
+        }
+        return describe(view);
+    }
     if (!PyCapsule_CheckExact(source.ptr())) {
         if (!pybind11::hasattr(source, "__dlpack__"))
             throw pybind11::type_error(std::string("expected an array with __dlpack__, or its capsule, found ") +
@@ -209,18 +251,22 @@ inline DType dtype_of(dlpack::DataType d) {
         writable = !(versioned->flags & dlpack::kReadOnly);
         tensor = &versioned->tensor;
     }
-    on_cpu = tensor->device.type == dlpack::kCPU;
-    dtype = dtype_of(tensor->dtype);
-    if (tensor->ndim < 0 || tensor->ndim > kMaxDims || (tensor->ndim && !tensor->shape)) {
+    describe(*tensor);
+}
+
+inline void Array::describe(const dlpack::Tensor& tensor) {
+    on_cpu = tensor.device.type == dlpack::kCPU;
+    dtype = dtype_of(tensor.dtype);
+    if (tensor.ndim < 0 || tensor.ndim > kMaxDims || (tensor.ndim && !tensor.shape)) {
         fault = "another number of dimensions";
         return;
     }
-    ndim = tensor->ndim;
+    ndim = tensor.ndim;
     bool empty = false, dense = true, fits = true;
     int64_t size = 1, below = 0, above = 1;
     for (int i = ndim - 1; i >= 0; --i) {
-        const int64_t extent = shape[i] = tensor->shape[i];
-        const int64_t stride = strides[i] = tensor->strides ? tensor->strides[i] : size;
+        const int64_t extent = shape[i] = tensor.shape[i];
+        const int64_t stride = strides[i] = tensor.strides ? tensor.strides[i] : size;
         empty |= extent == 0;
         if (extent < 0) fault = "a negative size";
         if (extent <= 1) continue;
@@ -237,11 +283,11 @@ inline DType dtype_of(dlpack::DataType d) {
     }
     if (fault || empty) return;  // empty: whatever its strides and its address
     if (!fits) fault = "strides larger than any memory";
-    else if (!tensor->data) fault = "a null pointer";
+    else if (!tensor.data) fault = "a null pointer";
     if (fault) return;
     count = size;
     packed = dense;
-    data = static_cast<char*>(tensor->data) + tensor->byte_offset;
+    data = static_cast<char*>(tensor.data) + tensor.byte_offset;
     first = data + below * size_of(dtype);
     end = data + above * size_of(dtype);
 }

@@ -18,14 +18,25 @@ typedef uint16_t SLoose __attribute__((vector_size(2 * PM_WIDTH), aligned(2), ma
 PM_INLINE V load(const float* p) { return *reinterpret_cast<const VLoose*>(p); }
 PM_INLINE void store(float* p, V v) { *reinterpret_cast<VLoose*>(p) = v; }
 
-PM_INLINE V widen(S bits) { return reinterpret_cast<V>(__builtin_convertvector(bits, U) << 16); }
+PM_INLINE V widen(S bits) {
+    // GCC 12 takes __builtin_convertvector of 16 lanes apart. (The maskless intrinsics warn of undefined values.)
+#if defined(PM_AVX512)
+    return reinterpret_cast<V>((U)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)bits) << 16);
+#else
+    return reinterpret_cast<V>(__builtin_convertvector(bits, U) << 16);
+#endif
+}
 
-// Round to nearest even; a NaN stays a NaN.
+// Round to nearest even; a NaN stays a NaN. (The instruction takes numbers below 1.2e-38 for zero.)
 PM_INLINE S narrow(V v) {
+#if defined(PM_AVX512BF16)
+    return (S)_mm512_cvtneps_pbh(v);
+#else
     const U u = reinterpret_cast<U>(v);
     const U rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
     const U quiet = (u >> 16) | 0x40;
     return __builtin_convertvector(v == v ? rounded : quiet, S);
+#endif
 }
 
 PM_INLINE V load(const bf16* p) { return widen(*reinterpret_cast<const SLoose*>(p)); }
@@ -123,11 +134,8 @@ PM_INLINE void transpose(V* rows) {
 
 // Sums the lanes as a balanced tree.
 PM_INLINE float sum(V v) {
-    float lanes[W];
-    store(lanes, v);
-    for (int half = W / 2; half; half /= 2)
-        for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-    return lanes[0];
+    for (int half = W / 2; half; half /= 2) v += __builtin_shuffle(v, (iota() + half) & (W - 1));
+    return v[0];
 }
 
 PM_INLINE float highest(V v) {

@@ -135,6 +135,36 @@ void rotary_cache(const Array& qkv, const Array& cos, const Array& sin, const Ar
     });
 }
 
+void mrope_angles(const Array& positions, const Array& axis, const Array& cos, const Array& sin, const Array& cos_out,
+                  const Array& sin_out) {
+    check(positions, "positions", {DType::int64}, {3, kAny});
+    check(axis, "axis", {DType::int64}, {kAny});
+    const int64_t tokens = positions.shape[1], width = axis.shape[0];
+    check(cos, "cos", {DType::float32}, {kAny, width});
+    check(sin, "sin", {DType::float32}, {cos.shape[0], width});
+    check(cos_out, "cos_out", {DType::float32}, {tokens, width});
+    check(sin_out, "sin_out", {DType::float32}, {tokens, width});
+    const int64_t *position = positions.as<int64_t>(), *turns = axis.as<int64_t>();
+    const auto require = [](const char* name, const int64_t* values, int64_t count, int64_t limit) {
+        for (int64_t i = 0; i < count; ++i)
+            if (values[i] < 0 || values[i] >= limit)
+                reject(name, "0.." + std::to_string(limit - 1), std::to_string(values[i]));
+    };
+    require("positions", position, 3 * tokens, cos.shape[0]);
+    require("axis", turns, width, 3);
+    const float *from_cos = cos.as<float>(), *from_sin = sin.as<float>();
+    float *to_cos = cos_out.as<float>(), *to_sin = sin_out.as<float>();
+    pybind11::gil_scoped_release release;
+    parallel_for(tokens, rows_of(width), [&](int64_t begin, int64_t end) {
+        for (int64_t t = begin; t < end; ++t)
+            for (int64_t f = 0; f < width; ++f) {
+                const int64_t at = position[turns[f] * tokens + t] * width + f;
+                to_cos[t * width + f] = from_cos[at];
+                to_sin[t * width + f] = from_sin[at];
+            }
+    });
+}
+
 void pixel_values(const Array& patches, const Array& order, const Array& levels, int64_t moments, const Array& out) {
     check(levels, "levels", kFloats, {kAny, 256});
     const int64_t channels = levels.shape[0];
@@ -189,6 +219,7 @@ void bind_elementwise(pybind11::module_& m) {
     m.def("gelu", &gelu);
     m.def("rotary", &rotary);
     m.def("rotary_cache", &rotary_cache);
+    m.def("mrope_angles", &mrope_angles);
     m.def("pixel_values", &pixel_values);
     m.def("greedy", &greedy);
 }

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import pagemill._native as _native
 from pagemill.errors import KernelUnavailable
-from pagemill.kernels import activation, attention, linear, norm, pixels, rotary, sampling
+from pagemill.kernels import activation, angles, attention, linear, norm, pixels, rotary, sampling
 from pagemill.kernels.attention import kv_cache_shapes
 from pagemill.kernels.linear import PackedLinear, Scheme
 
@@ -87,6 +87,7 @@ class Kernels:
     add_rms_norm: Callable[[Tensor, Tensor, Tensor, float], Tensor]
     swiglu: Callable[[Tensor], Tensor]
     gelu: Callable[[Tensor], Tensor]
+    mrope_angles: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
     rotary: Callable[[Tensor, Tensor, Tensor], None]
     rotary_cache: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, int, int], Tensor]
     paged_attention: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float], Tensor]
@@ -108,6 +109,7 @@ _OPS = (
     "add_rms_norm",
     "swiglu",
     "gelu",
+    "mrope_angles",
     "rotary",
     "rotary_cache",
     "paged_attention",
@@ -129,6 +131,7 @@ def _reference(dtype: torch.dtype) -> Kernels:
         add_rms_norm=norm.add_rms_norm_reference,
         swiglu=activation.swiglu_reference,
         gelu=activation.gelu_reference,
+        mrope_angles=angles.mrope_angles_reference,
         rotary=rotary.rotary_reference,
         rotary_cache=rotary.rotary_cache_reference,
         paged_attention=attention.paged_attention_reference,
@@ -153,6 +156,7 @@ def _native_over(reference: Kernels, dtype: torch.dtype) -> Kernels:
         add_rms_norm=norm.add_rms_norm_native,
         swiglu=activation.swiglu_native,
         gelu=activation.gelu_native,
+        mrope_angles=angles.mrope_angles_native,
         rotary=rotary.rotary_native,
         rotary_cache=rotary.rotary_cache_native,
         paged_attention=attention.paged_attention_native,

@@ -35,7 +35,7 @@ class RaggedBatch:
     block_tables: Tensor
     """int32 `[S, blocks]`"""
     logit_rows: Tensor
-    """int64 `[L]`, rows whose next token is wanted"""
+    """int64 `[L]`, rows whose next token is wanted, increasing"""
     image_rows: Tensor | None = None
     """int64 `[I]`, rows that are image placeholders"""
     image_embeds: Tensor | None = None
@@ -110,7 +110,7 @@ class Decoder:
         residual = k.embed(batch.token_ids, self.embed_tokens)
         if batch.image_rows is not None and batch.image_embeds is not None:
             residual[batch.image_rows] = batch.image_embeds
-        cos, sin = self.rope(batch.positions, batch.max_position)
+        cos, sin = k.mrope_angles(batch.positions, *self.rope.tables(batch.max_position))
         num_tokens, scale = len(residual), c.head_dim**-0.5
         y = k.rms_norm(residual, self.layers[0].attention_norm, c.rms_norm_eps)
         for i, layer in enumerate(self.layers):
@@ -125,5 +125,7 @@ class Decoder:
             y = k.linear(y.reshape(num_tokens, c.hidden_size), layer.out)
             y = k.add_rms_norm(y, residual, layer.mlp_norm, c.rms_norm_eps)
             y = k.linear(k.swiglu(k.linear(y, layer.gate_up)), layer.down)
-        y = k.add_rms_norm(y[batch.logit_rows], residual[batch.logit_rows], self.norm, c.rms_norm_eps)
+        if len(batch.logit_rows) < num_tokens:  # else every row is wanted, as in a step that only decodes
+            y, residual = y[batch.logit_rows], residual[batch.logit_rows]
+        y = k.add_rms_norm(y, residual, self.norm, c.rms_norm_eps)
         return k.linear(y, self.lm_head, out_float32=True)

@@ -288,3 +288,26 @@ def test_pixel_values_refuses_what_it_cannot_take(kernels: Kernels, dtype: torch
             ValueError, match="patches" if argument == "levels" and len(bad) == 0 else argument
         ):
             kernels.pixel_values(*(good | {argument: bad}).values())
+
+
+def test_mrope_angles(kernels: Kernels) -> None:
+    positions = torch.tensor([[4, 0, 6, 1], [5, 3, 6, 2], [0, 1, 2, 6]])
+    axis = torch.tensor([0, 2, 1, 1, 0])
+    cos, sin = torch.randn(7, 5), torch.randn(7, 5)
+    found = kernels.mrope_angles(positions, axis, cos, sin)
+    for table, angles in zip((cos, sin), found, strict=True):
+        for t in range(4):
+            for f in range(5):
+                assert angles[t, f] == table[positions[axis[f], t], f]
+    assert kernels.mrope_angles(positions[:, :0].contiguous(), axis, cos, sin)[0].shape == (0, 5)
+    good = dict(positions=positions, axis=axis, cos=cos, sin=sin)
+    for argument, bad in (
+        ("positions", positions + 1),
+        ("positions", positions - 1),
+        ("positions", positions[:2]),
+        ("axis", axis + 1),
+        ("cos", cos[:, :4]),
+        ("sin", sin[:6].contiguous()),
+    ):
+        with pytest.raises(ValueError, match=argument):
+            kernels.mrope_angles(*(good | {argument: bad}).values())
