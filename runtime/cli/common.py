@@ -56,6 +56,13 @@ DTypeOption = Annotated[
     DType,
     typer.Option("--dtype", help="Arithmetic; auto is what the checkpoint is stored in."),
 ]
+WeightCacheOption = Annotated[
+    Literal["auto", "on", "off"],
+    typer.Option(
+        "--weight-cache",
+        help="Keep the packed weights in the user's cache folder, for later starts to map; auto does from 1 GB on.",
+    ),
+]
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
@@ -120,11 +127,12 @@ def load_engine(
     device: Device,
     dtype: DType,
     *,
+    weight_cache: str = "auto",
     concurrency: int | None = None,
     kv_cache_gb: float | None = None,
 ) -> Engine:
     """Load a model with the options that most commands have."""
-    options: dict[str, Any] = {"device": device, "dtype": dtype}
+    options: dict[str, Any] = {"device": device, "dtype": dtype, "weight_cache": weight_cache}
     if concurrency is not None:
         options["max_num_seqs"] = concurrency
     if kv_cache_gb is not None:

@@ -22,6 +22,7 @@ from pagemill.cli.common import (
     KvCacheOption,
     MaxNewTokensOption,
     ModelOption,
+    WeightCacheOption,
     app,
     load_engine,
     loading,
@@ -117,6 +118,7 @@ def read(
         typer.Option("--concurrency", min=1, max=4096, metavar="N", help="Pages in the model at a time."),
     ] = None,
     kv_cache_gb: KvCacheOption = None,
+    weight_cache: WeightCacheOption = "auto",
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no summary.")] = False,
     debug: DebugOption = False,
 ) -> None:
@@ -163,7 +165,14 @@ def read(
             to_terminal = not target.resumable and sys.stdout.isatty()
             live = stderr.is_terminal and not quiet and not to_terminal
             with loading(model) if live else nullcontext():
-                engine = load_engine(model, device, dtype, concurrency=concurrency, kv_cache_gb=kv_cache_gb)
+                engine = load_engine(
+                    model,
+                    device,
+                    dtype,
+                    weight_cache=weight_cache,
+                    concurrency=concurrency,
+                    kv_cache_gb=kv_cache_gb,
+                )
             with engine:
                 from pagemill.decode.sampler import SamplingParams
 
@@ -201,12 +210,13 @@ def describe(
     model: ModelOption = "pagemill-tiny",
     device: DeviceOption = "cpu",
     dtype: DTypeOption = "auto",
+    weight_cache: WeightCacheOption = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, also on a terminal.")] = False,
     debug: DebugOption = False,
 ) -> None:
     """Load a model and print what would run: dtype, kernels, memory. JSON when not on a terminal."""
     with sentences(debug):
-        with load_engine(model, device, dtype) as engine:
+        with load_engine(model, device, dtype, weight_cache=weight_cache) as engine:
             facts = engine.describe()
         if as_json or not sys.stdout.isatty():
             print(json.dumps(facts, indent=2, ensure_ascii=False, default=str), flush=True)
