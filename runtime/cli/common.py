@@ -67,6 +67,13 @@ KvDTypeOption = Annotated[
     Literal["auto", "int8"],
     typer.Option("--kv-cache-dtype", help="Of keys and values; auto is as the arithmetic."),
 ]
+WeightCacheOption = Annotated[
+    Literal["auto", "on", "off"],
+    typer.Option(
+        "--weight-cache",
+        help="Keep the packed weights in the user's cache folder, for later starts to map; auto does from 1 GB on.",
+    ),
+]
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
@@ -132,11 +139,17 @@ def load_engine(
     dtype: DType,
     *,
     quantize: str = "none",
+    weight_cache: str = "auto",
     concurrency: int | None = None,
     kv_cache_gb: float | None = None,
 ) -> Engine:
     """Load a model with the options that most commands have."""
-    options: dict[str, Any] = {"device": device, "dtype": dtype, "quantize": quantize}
+    options: dict[str, Any] = {
+        "device": device,
+        "dtype": dtype,
+        "quantize": quantize,
+        "weight_cache": weight_cache,
+    }
     if concurrency is not None:
         options["max_num_seqs"] = concurrency
     if kv_cache_gb is not None:

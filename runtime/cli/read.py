@@ -23,6 +23,7 @@ from pagemill.cli.common import (
     MaxNewTokensOption,
     ModelOption,
     QuantizeOption,
+    WeightCacheOption,
     app,
     load_engine,
     loading,
@@ -115,6 +116,7 @@ def read(
         typer.Option("--concurrency", min=1, max=4096, metavar="N", help="Pages in the model at a time."),
     ] = None,
     kv_cache_gb: KvCacheOption = None,
+    weight_cache: WeightCacheOption = "auto",
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no summary.")] = False,
     debug: DebugOption = False,
 ) -> None:
@@ -162,6 +164,7 @@ def read(
                     device,
                     dtype,
                     quantize=quantize,
+                    weight_cache=weight_cache,
                     concurrency=concurrency,
                     kv_cache_gb=kv_cache_gb,
                 )
@@ -203,12 +206,13 @@ def describe(
     device: DeviceOption = "cpu",
     dtype: DTypeOption = "auto",
     quantize: QuantizeOption = "none",
+    weight_cache: WeightCacheOption = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, also on a terminal.")] = False,
     debug: DebugOption = False,
 ) -> None:
     """Load a model and print what would run: dtype, kernels, memory. JSON when not on a terminal."""
     with sentences(debug):
-        with load_engine(model, device, dtype, quantize=quantize) as engine:
+        with load_engine(model, device, dtype, quantize=quantize, weight_cache=weight_cache) as engine:
             facts = engine.describe()
         if as_json or not sys.stdout.isatty():
             print(json.dumps(facts, indent=2, ensure_ascii=False, default=str), flush=True)

@@ -132,13 +132,11 @@ def test_the_file_is_plain_safetensors_with_aligned_tensors(micro, folder):
     assert weight.untyped_storage().data_ptr() == mapped.vision.merger_norm.untyped_storage().data_ptr()
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Wider(kernels.PackedLinear):
-    scales: torch.Tensor
-    scheme: str
-    group: int | None
-    clip: float
+    clip: float | None
     odd: torch.Tensor
+    none: int | None
 
 
 def test_a_packed_form_of_more_fields(folder, monkeypatch):
@@ -151,8 +149,9 @@ def test_a_packed_form_of_more_fields(folder, monkeypatch):
         in_features=22,
         scales=torch.tensor(0.5, dtype=torch.float16),
         scheme="int4",
-        group=None,
+        group=64,
         clip=0.1,
+        none=None,
         odd=torch.empty(0, 4, dtype=torch.int64),
     )
     packed.save(folder / "pagemill-x.safetensors", {"a": item, "b.c": torch.tensor([True])})
