@@ -186,9 +186,9 @@ std::shared_ptr<Pool> pool() {
 
 }  // namespace
 
-int cgroup_quota(const char* root, const char* membership) {
+int cgroup_quota(const std::string& root, const std::string& membership) {
     double least = 0;
-    FILE* f = std::fopen(membership, "r");
+    FILE* f = std::fopen(membership.c_str(), "r");
     if (!f) return 0;
     char line[4096];
     while (std::fgets(line, sizeof line, f)) {  // "0::/a/b", or "4:cpu,cpuacct:/a/b"
@@ -200,7 +200,7 @@ int cgroup_quota(const char* root, const char* membership) {
         const std::string names = std::string(",") + (controllers + 1) + ",";
         const bool unified = names == ",,";
         if (!unified && names.find(",cpu,") == std::string::npos) continue;
-        const std::string top = unified ? root : std::string(root) + "/cpu";
+        const std::string top = unified ? root : root + "/cpu";
         // Inside a container the path may be the host's, of which only the top is to be seen.
         for (std::string at = path;; at.resize(at.rfind('/'))) {
             const double quota = quota_of(top + at);

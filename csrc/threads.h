@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <string>
 
 namespace pagemill {
 
@@ -30,7 +31,7 @@ void parallel_for(int64_t n, int64_t chunk, const F& body) {
 
 // CPUs that the cgroups of `membership` (the format of /proc/self/cgroup) grant, rounded down to at least 1; 0 where none
 // sets a quota. `root` is where cgroup file systems are mounted. Every ancestor counts.
-int cgroup_quota(const char* root, const char* membership);
+int cgroup_quota(const std::string& root, const std::string& membership);
 
 // 64-byte aligned memory of the calling thread, valid until its next call on that thread. Uninitialised.
 float* scratch(size_t floats);
