@@ -143,8 +143,9 @@ def bench(
     """
     with sentences(debug):
         from pagemill.cost import bench as measure
+        from pagemill.cost import workload as asked
 
-        base = measure.Settings(
+        base = asked.Settings(
             model=model,
             dtype=dtype,
             quantize=quantize,
@@ -160,11 +161,11 @@ def bench(
             kv_cache_gb=kv_cache_gb,
             threads=threads,
         )
-        runs = measure.sweep(base, sweep or [])
-        paid = None if price is None else measure.price_of(price)
+        runs = asked.sweep(base, sweep or [])
+        paid = None if price is None else asked.price_of(price)
         if output is not None:
             measure.check_writable(output)
-        load = measure.load_workload(
+        load = asked.load_workload(
             inputs or [], pages=pages, truth=truth, seed=seed, warmup=warmup, repeats=repeats
         )
         with measure.Progress(stderr, len(runs), load) as progress:
@@ -284,8 +285,9 @@ def compare(
     with sentences(debug):
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as in `make_engine`
         from pagemill.cost import compare as comparison
-        from pagemill.cost.bench import Progress, Workload, check_writable, write
+        from pagemill.cost.bench import Progress, check_writable, write
         from pagemill.cost.engines import ReadOptions, parse_engine
+        from pagemill.cost.workload import Workload
 
         specs = [parse_engine(given) for given in engine]
         names = [spec.name for spec in specs]

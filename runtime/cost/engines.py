@@ -43,7 +43,8 @@ from urllib.parse import SplitResult, parse_qs, urlsplit
 import numpy as np
 from PIL import Image
 
-from pagemill.cost.bench import Settings, Workload, drive, measure, percentiles
+from pagemill.cost.bench import drive, measure, percentiles
+from pagemill.cost.workload import Settings, Workload
 from pagemill.decode.page import parse_page
 from pagemill.engine import Engine
 from pagemill.errors import ConfigError, PagemillError, printable
