@@ -32,6 +32,7 @@ import torch
 from op_cases import SHAPES, Ops, Work, bandwidth, best_seconds, peak
 
 from pagemill import kernels
+from pagemill.kernels import Scheme
 
 SHAPE = SHAPES["3b"]
 GROUPS = ("wide", "skinny", "prefill", "vision", "decode")
@@ -45,7 +46,7 @@ _LEAST_S = 5e-3
 class Form:
     """How weights are stored and multiplied."""
 
-    scheme: str
+    scheme: Scheme
     bits: int
     group: int
     """Weights of one scale."""
@@ -80,19 +81,16 @@ class Case:
 
 
 def linear_cases(ops: Ops, forms: list[str], groups: list[str]) -> Iterator[Case]:
-    matrices = SHAPE.matrices() | {"head": (SHAPE.vocabulary, SHAPE.hidden)}
     for form_name in forms:
         form = FORMS[form_name]
-        for layer, (n, k) in matrices.items():
+        for layer, (n, k) in SHAPE.matrices().items():
             wide = "wide" in groups and layer != "head"
             skinny = "skinny" in groups and not layer.startswith("vision")  # pages are encoded whole
             if not (wide or skinny):
                 continue
             size = form.weight_bytes(n, k)
-            weight = torch.empty(n, k, dtype=ops.dtype).normal_(0, 0.02)
-            scheme = {} if form.scheme == "plain" else {"scheme": form.scheme}
             copies = -(-_CACHE_BYTES // size) if skinny else 1
-            packed = [ops.kernels.pack_linear(weight, None, **scheme) for _ in range(copies)]
+            packed = [ops.pack(SHAPE, layer, scheme=form.scheme) for _ in range(copies)]
             for rows in ([1024] if wide else []) + ([1, 8, 32] if skinny else []):
                 yield Case(
                     "wide" if rows == 1024 else "skinny",
@@ -167,7 +165,7 @@ def rows_of(cases: list[Case]) -> list[dict[str, Any]]:
     """Return every case as plain data."""
     plain = {(case.group, case.name): case.seconds for case in cases if case.form == "bf16"}
     rows = []
-    for case in cases:
+    for case in sorted(cases, key=lambda case: GROUPS.index(case.group)):
         compute_bound = statistics.mean(case.compute_bound) > 0.5
         row: dict[str, Any] = {
             "group": case.group,

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pagemill.kernels import Kernels, PackedLinear, kv_cache_shapes
+from pagemill.kernels import Kernels, PackedLinear, Scheme, kv_cache_shapes
 from pagemill.model.config import read_config
 from pagemill.model.loader import find_checkpoint
 
@@ -56,6 +56,7 @@ class Shape:
             "vision_qkv": (3 * self.vision, self.vision),
             "vision_gate_up": (2 * self.vision_intermediate, self.vision),
             "vision_down": (self.vision, self.vision_intermediate),
+            "head": (self.vocabulary, self.hidden),
         }
 
 
@@ -153,6 +154,15 @@ class Ops:
     def ints(self, values: Any, dtype: torch.dtype = torch.int32) -> Tensor:
         return torch.as_tensor(values, dtype=dtype, device=self.device)
 
+    def pack(self, shape: Shape, layer: str, *, scheme: Scheme = "plain", bias: bool = False) -> PackedLinear:
+        """Random weights of one of `Shape.matrices`, as the model packs them: gate and up for `linear_swiglu`."""
+        n, k = shape.matrices()[layer]
+        added = self.tensor(n) if bias else None
+        weight = torch.empty(n, k, dtype=self.dtype, device=self.device).normal_()
+        if layer.endswith("gate_up"):
+            return self.kernels.pack_swiglu(*weight.chunk(2), added, scheme=scheme)
+        return self.kernels.pack_linear(weight, added, scheme=scheme)
+
     def linear(
         self,
         packed: Sequence[PackedLinear],
@@ -162,15 +172,16 @@ class Ops:
         out_float32: bool = False,
     ) -> Work:
         """A linear layer; calls take turns with copies of its weight, so that no cache holds it."""
-        n, k = packed[0].out_features, packed[0].in_features
+        n, k, size = packed[0].out_features, packed[0].in_features, self.dtype.itemsize
+        features = 2 * n if packed[0].gated else n
         x, turns = self.tensor(rows, k), cycle(packed)
-        size = self.dtype.itemsize
-        moved = (n * k * size if weight_bytes is None else weight_bytes) + rows * (
-            k * size + n * (4 if out_float32 else size)
-        )
-        return Work(
-            lambda: self.kernels.linear(x, next(turns), out_float32=out_float32), 2 * rows * n * k, moved
-        )
+        moved = features * k * size if weight_bytes is None else weight_bytes
+        moved += rows * (k * size + n * (4 if out_float32 else size))
+        if packed[0].gated:
+            call: Callable[[], object] = lambda: self.kernels.linear_swiglu(x, next(turns))  # noqa: E731
+        else:
+            call = lambda: self.kernels.linear(x, next(turns), out_float32=out_float32)  # noqa: E731
+        return Work(call, 2 * rows * features * k, moved)
 
     def cache(self, shape: Shape, sequences: int, context: int) -> tuple[Tensor, Tensor, Tensor]:
         """Keys, values and the tables of sequences whose blocks lie scattered."""

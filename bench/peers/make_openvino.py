@@ -2,7 +2,9 @@
 
     make_openvino.py CHECKPOINT int8|int4 OUTPUT
 
-As `optimum-cli export openvino`, with the weights mapped into memory instead of read: half of its peak.
+As `optimum-cli export openvino`, which takes 19 GB and an hour's arithmetic at this size, in half of the memory and a tenth of the
+time: weights are mapped instead of read, and the vision tower is traced over a small image (a trace keeps every layer's
+attention scores; sizes are dynamic in what it writes).
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from typing import Any
 
 import torch
 from optimum.commands.optimum_cli import main
+from optimum.exporters.openvino.input_generators import DummyQwen2VLVisionEmbedInputGenerator
 from safetensors.torch import load_file
 from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration
 from transformers.initialization import no_init_weights
@@ -37,7 +40,15 @@ def load_mapped(folder: str, *_: Any, **__: Any) -> Qwen2_5_VLForConditionalGene
     return model.eval()
 
 
+trace_over = DummyQwen2VLVisionEmbedInputGenerator.__init__
+
+
+def trace_over_small_image(self: Any, *args: Any, **kwargs: Any) -> None:
+    trace_over(self, *args, **kwargs | {"height": 140, "width": 196})
+
+
 checkpoint, form, output = sys.argv[1:]
+DummyQwen2VLVisionEmbedInputGenerator.__init__ = trace_over_small_image
 Qwen2_5_VLForConditionalGeneration.from_pretrained = load_mapped
 sys.argv = ["optimum-cli", "export", "openvino", "--model", checkpoint, "--task", "image-text-to-text",
             "--weight-format", form, output]  # fmt: skip

@@ -23,6 +23,7 @@ for form in "$@"; do
       mkdir -p "$weights/gguf"
       "$folder/transformers/bin/python" "$here/make_gguf.py" convert "$source" "$weights/hf" "$weights/gguf"
       "$folder/llamacpp/bin/python" "$here/make_gguf.py" quantize "$weights/gguf" q8_0 q4_0
+      rm "$weights/gguf/text-bf16.gguf"
       ;;
     *) echo "no such form: $form" >&2; exit 2 ;;
   esac
