@@ -41,7 +41,7 @@ kernels: $(INSTALLED)
 
 # The checked module stands in build/sanitize/, beside links to the package, and is found there before the installed one.
 # Of ThreadSanitizer's options, die_after_fork=0 lets a child have threads, which is what the test is about. Leaks are not
-# looked for: the interpreter and torch leave memory to the end of the process.
+# looked for: the interpreter and torch leave memory to the end of the process. What a sanitizer says goes by pytest's capture.
 SANITIZE := build/sanitize
 CHECKED := $(SANITIZE)/pagemill/_native.so
 CHECKED_FLAGS := -std=c++17 -O1 -g -fno-omit-frame-pointer -ffp-contract=off -fPIC -pthread -Wall -Wextra
@@ -50,7 +50,7 @@ PRELOAD := $(foreach name,libasan.so libubsan.so libstdc++.so,$(shell $(CXX) -pr
 sanitize: $(SANITIZE)/threads $(CHECKED)
 	TSAN_OPTIONS=halt_on_error=1:die_after_fork=0 $(SANITIZE)/threads
 	LD_PRELOAD="$(PRELOAD)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$(SANITIZE) \
-		$(PY) -m pytest tests/kernels $(TESTS)
+		$(PY) -m pytest tests/kernels -p no:faulthandler --capture=sys
 
 $(SANITIZE)/threads: tests/native/test_threads.cpp csrc/threads.cpp csrc/threads.h
 	@mkdir -p $(@D)

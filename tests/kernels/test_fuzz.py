@@ -11,6 +11,7 @@ import ctypes
 import mmap
 import re
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from math import inf, nan, prod
 from typing import Any
@@ -278,7 +279,7 @@ def gelu(draw: Draw) -> Call:
 def rotary(draw: Draw) -> Call:
     dtype, t, h, d = dtype_of(draw), size(draw, 0, 1, 3), size(draw, 0, 1, 2), size(draw, 2, 6, 32)
     return {
-        "x": floats(dtype, t, h, d, rows=True, written=True, loose=(1,)),
+        "x": floats(dtype, t, h, d, rows=True, written=True, loose=(1,), also=("float32", "bfloat16")),
         "cos": floats("float32", t, d // 2),
         "sin": floats("float32", t, d // 2),
     }
@@ -464,7 +465,7 @@ quick = settings(
 
 
 @pytest.mark.parametrize("name", CASES)
-@settings(quick, max_examples=40)
+@settings(quick, max_examples=30)
 @given(data=st.data())
 def test_a_right_call_touches_its_outputs_alone(name: str, data: st.DataObject) -> None:
     """Whatever its strides, the guard beside it, and the kind of its capsule; and the result is that of dense arrays."""
@@ -669,7 +670,7 @@ WRONGS = (
 
 
 @pytest.mark.parametrize("name", CASES)
-@settings(quick, max_examples=250)
+@settings(quick, max_examples=150)
 @given(data=st.data())
 def test_a_wrong_call_is_refused(name: str, data: st.DataObject) -> None:
     set_up(data.draw)
@@ -693,7 +694,5 @@ def test_a_wrong_call_is_refused(name: str, data: st.DataObject) -> None:
         if caught.type is ValueError and label != "another_object":
             assert re.match(r"[\w\[\]]+: expected .+, found .+", str(caught.value)), caught.value
     else:
-        try:
+        with suppress(ValueError):
             made.run()
-        except ValueError as error:
-            assert re.match(r"[\w\[\]]+: expected .+, found .+", str(error)), error
