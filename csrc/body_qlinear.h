@@ -98,17 +98,13 @@ struct NibbleStep {
 };
 
 #if defined(PM_VNNI)
-constexpr int kQRows = 12;
-constexpr int q_blocks_of(int rows) { return rows <= 2 ? 4 : rows <= 5 ? 2 : 1; }
+constexpr int kQRows = 12;  // 32 vector registers: 24 sums
 #elif defined(PM_AVX512)
 constexpr int kQRows = 8;
-constexpr int q_blocks_of(int rows) { return rows == 1 ? 4 : rows <= 3 ? 2 : 1; }
 #elif defined(PM_AVX2)
 constexpr int kQRows = 4;
-constexpr int q_blocks_of(int rows) { return rows == 1 ? 2 : 1; }
 #else
 constexpr int kQRows = 2;
-constexpr int q_blocks_of(int) { return 1; }
 #endif
 
 // A column block (kColumns features): its weights at the first k, its scales and zeros of the first group.
@@ -119,87 +115,85 @@ struct QBlock {
 };
 constexpr int64_t kStepBytes = kPanel * 4;  // of a panel, to the next step
 
-typedef uint8_t Small __attribute__((vector_size(PM_WIDTH)));
-typedef uint8_t SmallLoose __attribute__((vector_size(PM_WIDTH), aligned(1), may_alias));
-PM_INLINE V load(const uint8_t* p) {
-    return __builtin_convertvector(__builtin_convertvector(Small(*reinterpret_cast<const SmallLoose*>(p)), I), V);
+// What the zero points take off the products' sum: zeros[i] * sum, of a sum of at most kMaxGroup int8.
+PM_INLINE I zero_terms(const uint8_t* zeros, int32_t sum) {
+#if defined(PM_AVX512)
+    const __m512i z = _mm512_maskz_cvtepu8_epi32(0xffff, _mm_loadu_si128(reinterpret_cast<const __m128i*>(zeros)));
+    return reinterpret_cast<I>(_mm512_madd_epi16(z, _mm512_set1_epi32(sum)));
+#elif defined(PM_AVX2)
+    const __m256i z = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(zeros)));
+    return reinterpret_cast<I>(_mm256_madd_epi16(z, _mm256_set1_epi32(sum)));
+#else
+    I z;
+    for (int i = 0; i < W; ++i) z[i] = zeros[i] * sum;
+    return z;
+#endif
 }
 
-// y[R][B * kColumns] of the R rows from `row` on.
-template <class Q, int R, int B>
-static void q_tile(const QuantizedRows& x, int64_t row, const QBlock* blocks, float* y, int64_t ldy) {
+// y[R][kColumns] of the R rows from `row` on.
+template <class Q, int R>
+static void q_tile(const QuantizedRows& x, int64_t row, const QBlock& block, float* y, int64_t ldy) {
     constexpr bool kBytes = Q::kPerStep == 4;
-    const uint8_t* w[B];
-    for (int j = 0; j < B; ++j) w[j] = blocks[j].w;
+    // Four rows of nibbles take longer to multiply than to load, and the loads come too late by themselves. Bytes, and
+    // fewer rows, are best left to the machine's own prefetching.
+    constexpr int64_t kAhead = !kBytes && R >= 4 ? 4096 : 0;
+    V total[R][2];  // in memory: the sums of a group need the registers
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) total[r][0] = total[r][1] = V{};
+    const uint8_t* w = block.w;
     for (int64_t g = 0; g < x.groups; ++g) {
-        const float* scales = x.scales + row * x.groups + g;
-        const int32_t* sums = x.sums + row * x.groups + g;
-        I acc[R][2 * B];
+        const float* scales = x.scales + g * x.m + row;
+        const int32_t* sums = x.sums + g * x.m + row;
+        const uint8_t* zeros = block.zeros + g * kPanel;
+        I acc[R][2];
 #pragma GCC unroll 16
         for (int r = 0; r < R; ++r)
-#pragma GCC unroll 16
-            for (int j = 0; j < 2 * B; ++j) acc[r][j] = kBytes ? I{} - 128 * sums[r * x.groups] : I{};
+#pragma GCC unroll 2
+            for (int j = 0; j < 2; ++j) acc[r][j] = kBytes ? I{} - 128 * sums[r] : -zero_terms(zeros + j * W, sums[r]);
         const int64_t end = x.k < (g + 1) * x.group ? x.k : (g + 1) * x.group;
         for (int64_t k = g * x.group, next; k < end; k = next) {
             next = (k / kChunk + 1) * kChunk < end ? (k / kChunk + 1) * kChunk : end;
             const int8_t* a = x.x + (k / kChunk * x.m + row) * kChunkStride + k % kChunk;
             const int64_t steps = (next - k + Q::kPerStep - 1) / Q::kPerStep;
             for (int64_t s = 0; s < steps; ++s) {
-                Q b[2 * B];
-#pragma GCC unroll 16
-                for (int j = 0; j < B; ++j) {
-                    b[2 * j] = Q::at(w[j]);
-                    b[2 * j + 1] = Q::at(w[j] + 4 * W);
-                    w[j] += kStepBytes;
+                const Q first = Q::at(w), second = Q::at(w + 4 * W);
+                if constexpr (kAhead > 0) {
+                    __builtin_prefetch(w + kAhead);
+                    if constexpr (W == 16) __builtin_prefetch(w + kAhead + 64);
                 }
 #pragma GCC unroll 16
                 for (int r = 0; r < R; ++r) {
                     const typename Q::X v = Q::row(a + r * kChunkStride);
-#pragma GCC unroll 16
-                    for (int j = 0; j < 2 * B; ++j) acc[r][j] = Q::add(acc[r][j], b[j], v);
+                    acc[r][0] = Q::add(acc[r][0], first, v);
+                    acc[r][1] = Q::add(acc[r][1], second, v);
                 }
+                w += kStepBytes;
                 a += Q::kPerStep;
             }
         }
+#pragma GCC unroll 2
+        for (int j = 0; j < 2; ++j) {
+            const V scale = load(block.scales + g * kPanel + j * W);
 #pragma GCC unroll 16
-        for (int j = 0; j < 2 * B; ++j) {
-            const int64_t at = g * kPanel + j % 2 * W;
-            const V scale = load(blocks[j / 2].scales + at);
-            V zero{};
-            if constexpr (!kBytes) zero = load(blocks[j / 2].zeros + at);
-#pragma GCC unroll 16
-            for (int r = 0; r < R; ++r) {
-                V sum = __builtin_convertvector(acc[r][j], V);
-                if constexpr (!kBytes)  // exact: all below 2^24
-                    sum -= zero * splat(static_cast<float>(sums[r * x.groups]));
-                sum *= scale * splat(scales[r * x.groups]);
-                float* to = y + r * ldy + j * W;
-                store(to, g ? load(to) + sum : sum);
-            }
+            for (int r = 0; r < R; ++r)
+                total[r][j] += __builtin_convertvector(acc[r][j], V) * (scale * splat(scales[r]));
         }
     }
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
+        for (int j = 0; j < 2; ++j) store(y + r * ldy + j * W, total[r][j]);
 }
 
-template <class Q, int R>
-static void q_row_tile(const QuantizedRows& x, int64_t row, const QBlock* blocks, int count, float* y, int64_t ldy) {
-    constexpr int B = q_blocks_of(R);
-    int j = 0;
-    for (; j + B <= count; j += B) q_tile<Q, R, B>(x, row, blocks + j, y + j * kColumns, ldy);
-    if constexpr (B > 1)
-        for (; j < count; ++j) q_tile<Q, R, 1>(x, row, blocks + j, y + j * kColumns, ldy);
-}
-
-// y[rows][count * kColumns]
+// y[rows][kColumns]
 template <class Q>
-__attribute__((noinline)) static void q_gemm(const QuantizedRows& x, int64_t first_row, int64_t rows,
-                                             const QBlock* blocks, int count, float* y, int64_t ldy) {
+__attribute__((noinline)) static void q_gemm(const QuantizedRows& x, int64_t first_row, int64_t rows, const QBlock& block,
+                                             float* y, int64_t ldy) {
     const int64_t tiles = (rows + kQRows - 1) / kQRows;
     for (int64_t t = 0; t < tiles; ++t) {
         const int64_t first = rows * t / tiles, n = rows * (t + 1) / tiles - first;
-        const int64_t row = first_row + first;
-        float* to = y + first * ldy;
 #define PM_ROWS(R) \
-    case R: if constexpr (R <= kQRows) q_row_tile<Q, R>(x, row, blocks, count, to, ldy); break
+    case R: if constexpr (R <= kQRows) q_tile<Q, R>(x, first_row + first, block, y + first * ldy, ldy); break
         switch (n) {
             PM_ROWS(1); PM_ROWS(2); PM_ROWS(3); PM_ROWS(4); PM_ROWS(5); PM_ROWS(6);
             PM_ROWS(7); PM_ROWS(8); PM_ROWS(9); PM_ROWS(10); PM_ROWS(11); PM_ROWS(12);
@@ -210,27 +204,20 @@ __attribute__((noinline)) static void q_gemm(const QuantizedRows& x, int64_t fir
 
 template <class T>
 PM_KERNEL void qlinear(const QLinearArgs<T>& p, int64_t begin, int64_t end) {
-    constexpr int kPerPanel = kPanel / kColumns;
-    const int64_t steps = p.zeros ? (p.k + 7) / 8 : (p.k + 3) / 4;
+    const int64_t size = (p.zeros ? (p.k + 7) / 8 : (p.k + 3) / 4) * kStepBytes;
     for (int64_t item = begin; item < end; ++item) {
         const int64_t first_row = item % p.row_blocks * p.row_block;
         const int64_t rows = p.m - first_row < p.row_block ? p.m - first_row : p.row_block;
         const int64_t first_panel = item / p.row_blocks * p.panel_group;
         const int64_t left = p.panels_count - first_panel, panels = left < p.panel_group ? left : p.panel_group;
-        const int64_t width = panels * kPanel, together = rows <= 2 ? 4 : rows <= 5 ? 2 : 1;
+        const int64_t width = panels * kPanel;
         float* sums = scratch(rows * width);
-        for (int64_t n = 0; n < panels; n += together) {
-            const int64_t count = (panels - n < together ? panels - n : together) * kPerPanel;
-            QBlock blocks[4 * kPerPanel];
-            for (int64_t j = 0; j < count; ++j) {
-                const int64_t panel = first_panel + n + j / kPerPanel, column = j % kPerPanel * kColumns;
-                const int64_t at = panel * p.rows.groups * kPanel + column;
-                blocks[j] = {p.panels + panel * steps * kStepBytes + column * 4, p.scales + at,
-                             p.zeros ? p.zeros + at : nullptr};
-            }
-            float* to = sums + n * kPanel;
-            if (p.zeros) q_gemm<NibbleStep>(p.rows, first_row, rows, blocks, static_cast<int>(count), to, width);
-            else q_gemm<ByteStep>(p.rows, first_row, rows, blocks, static_cast<int>(count), to, width);
+        for (int64_t column = 0; column < width; column += kColumns) {
+            const int64_t panel = first_panel + column / kPanel, inside = column % kPanel;
+            const int64_t at = panel * p.rows.groups * kPanel + inside;
+            const QBlock block{p.panels + panel * size + inside * 4, p.scales + at, p.zeros ? p.zeros + at : nullptr};
+            if (p.zeros) q_gemm<NibbleStep>(p.rows, first_row, rows, block, sums + column, width);
+            else q_gemm<ByteStep>(p.rows, first_row, rows, block, sums + column, width);
         }
         finish(p, sums, width, first_row, rows, first_panel * kPanel);
     }
@@ -292,8 +279,8 @@ PM_KERNEL void quantize_rows(const T* x, int64_t ldx, const QuantizedRows& out, 
                 sum += round_to_int8(from + k, next - k, rounding,
                                      out.x + (k / kChunk * out.m + row) * kChunkStride + k % kChunk);
             }
-            out.scales[row * out.groups + g] = rounding.scale;
-            out.sums[row * out.groups + g] = sum;
+            out.scales[g * out.m + row] = rounding.scale;
+            out.sums[g * out.m + row] = sum;
         }
         const int64_t used = out.k - (chunks - 1) * kChunk;
         memset(out.x + ((chunks - 1) * out.m + row) * kChunkStride + used, 0, (used + 63) / 64 * 64 - used);
@@ -327,6 +314,7 @@ PM_KERNEL void pack_int8(const T* w, int64_t ldw, int64_t rows, int64_t k, uint8
 constexpr int kCuts = 9;
 constexpr float kCutStep = 0.035f;  // factors 1, 0.965, ... 0.72
 constexpr int64_t kMaxGroup = 128;
+typedef uint8_t Small __attribute__((vector_size(PM_WIDTH)));
 
 template <class T>
 PM_KERNEL void pack_int4(const T* w, int64_t ldw, int64_t rows, int64_t k, int64_t group, uint8_t* panel, float* scales,

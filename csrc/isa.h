@@ -40,8 +40,8 @@ struct LinearArgs : LinearOut<T> {
 constexpr int64_t kChunk = 512, kChunkStride = kChunk + 64;
 struct QuantizedRows {
     int8_t* x;      // [ceil(k / kChunk)][m][kChunkStride], zeros from k on up to a multiple of 64
-    float* scales;  // [m][groups]
-    int32_t* sums;  // [m][groups], of the group's int8
+    float* scales;  // [groups][m]
+    int32_t* sums;  // [groups][m], of the group's int8
     int64_t m, k, group, groups;
 };
 
