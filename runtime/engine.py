@@ -211,7 +211,13 @@ class Engine:
                 )
         chosen = kernels.select(config.kernels, device, dtype)
         model = load_model(
-            folder, model_config, chosen, device, dtype, config.quantize, config.weight_cache
+            folder,
+            model_config,
+            chosen,
+            device,
+            dtype,
+            quantize=config.quantize,
+            weight_cache=config.weight_cache,
         )
         page_format = PageFormat(
             profile.keys,

@@ -34,7 +34,7 @@ from pagemill.cli.common import (
     sentences,
     stderr,
 )
-from pagemill.errors import ConfigError, printable
+from pagemill.errors import printable
 
 if TYPE_CHECKING:
     from pagemill.jobs import Output

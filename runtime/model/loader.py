@@ -109,6 +109,7 @@ def load_model(
     kernels: Kernels,
     device: torch.device,
     dtype: torch.dtype,
+    *,
     quantize: str = "none",
     weight_cache: WeightCache = "off",
 ) -> Model:

@@ -43,19 +43,26 @@ def micro(tmp_path_factory):
     return write_checkpoint(tmp_path_factory.mktemp("micro"), *PRESETS["micro"], std=0.2)
 
 
-def load(checkpoint, kind="auto", dtype=torch.float32, mode="on"):
+def load(checkpoint, kind="auto", dtype=torch.float32, mode="on", quantize="none"):
     """Load a model that must not warn."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         return load_model(
-            checkpoint, read_config(checkpoint), kernels.select(kind, CPU, dtype), CPU, dtype, mode
+            checkpoint,
+            read_config(checkpoint),
+            kernels.select(kind, CPU, dtype),
+            CPU,
+            dtype,
+            quantize=quantize,
+            weight_cache=mode,
         )
 
 
 def outputs(model):
     """Embeddings of an image and logits of a prompt that shows it: every weight takes part."""
-    patches = torch.linspace(-1, 1, 16 * 1176).view(16, 1176)
-    image = model.vision([(patches, (1, 4, 4))])[0]
+    patches = (torch.arange(16 * 588) * 7919 % 256).to(torch.uint8).view(16, 588)
+    levels = torch.linspace(-1, 1, 256).expand(3, 256).contiguous()
+    image = model.vision([(patches, levels, (1, 4, 4))])[0]
     text, dtype = model.config.text, model.vision.dtype
     shapes = kernels.kv_cache_shapes(1, text.num_kv_heads, text.head_dim, 16)
     caches = [tuple(torch.zeros(shape, dtype=dtype) for shape in shapes) for _ in range(text.num_layers)]
@@ -115,6 +122,18 @@ def test_a_second_start_has_the_same_bits_and_reads_no_weight(
     assert torch.equal(without, outputs(first))
     assert torch.equal(without, outputs(second))
     assert not leftovers(folder)
+
+
+@pytest.mark.parametrize("quantize", ["int8", "int4"])
+def test_quantised_weights_are_kept_apart_and_whole(micro, folder, quantize):
+    plain, without = outputs(load(micro)), outputs(load(micro, mode="off", quantize=quantize))
+    assert not torch.equal(plain, without)
+    first, second = (load(micro, quantize=quantize) for _ in range(2))
+    assert len(entries(folder)) == 2
+    assert first.weights.startswith("packed")
+    assert second.weights.startswith("mapped")
+    assert torch.equal(without, outputs(first))
+    assert torch.equal(without, outputs(second))
 
 
 def test_the_file_is_plain_safetensors_with_aligned_tensors(micro, folder):
@@ -314,7 +333,7 @@ def test_a_damaged_file_is_made_again(micro, folder, damage):
     config = read_config(micro)
     with pytest.warns(UserWarning, match="cannot be used") as said:
         model = load_model(
-            micro, config, kernels.select("auto", CPU, torch.float32), CPU, torch.float32, "on"
+            micro, config, kernels.select("auto", CPU, torch.float32), CPU, torch.float32, weight_cache="on"
         )
     assert len(said) == 1
     assert "\n" not in str(said[0].message)
@@ -443,7 +462,12 @@ def not_kept(checkpoint, match):
     config = read_config(checkpoint)
     with pytest.warns(UserWarning, match=match) as said:
         model = load_model(
-            checkpoint, config, kernels.select("auto", CPU, torch.float32), CPU, torch.float32, "on"
+            checkpoint,
+            config,
+            kernels.select("auto", CPU, torch.float32),
+            CPU,
+            torch.float32,
+            weight_cache="on",
         )
     assert len(said) == 1
     assert model.weights.startswith("packed at start, not kept: ")
