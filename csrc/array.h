@@ -30,7 +30,7 @@ constexpr int32_t kCPU = 1;
 constexpr uint8_t kInt = 0, kFloat = 2, kBfloat = 4;
 }  // namespace dlpack
 
-enum class DType { float32, bfloat16, int32, int64, other };
+enum class DType { float32, bfloat16, int8, int32, int64, other };
 
 struct Array {
     static constexpr int kMaxDims = 6;
@@ -66,6 +66,7 @@ inline const char* dtype_name(DType dtype) {
     switch (dtype) {
         case DType::float32: return "float32";
         case DType::bfloat16: return "bfloat16";
+        case DType::int8: return "int8";
         case DType::int32: return "int32";
         case DType::int64: return "int64";
         default: return "another dtype";
@@ -146,6 +147,7 @@ struct type_caster<pagemill::Array> {
         if (d.lanes != 1) return DType::other;
         if (d.code == dlpack::kFloat && d.bits == 32) return DType::float32;
         if (d.code == dlpack::kBfloat && d.bits == 16) return DType::bfloat16;
+        if (d.code == dlpack::kInt && d.bits == 8) return DType::int8;
         if (d.code == dlpack::kInt && d.bits == 32) return DType::int32;
         if (d.code == dlpack::kInt && d.bits == 64) return DType::int64;
         return DType::other;

@@ -11,7 +11,8 @@
 
 template <class T>
 constexpr TypedKernels<T> typed_table() {
-    return {&linear<T>, &rms_norm<T>, &swiglu<T>, &gelu<T>, &rotary<T>, &attention<T, T>, &join_ranges<T, T>};
+    return {&linear<T>, &rms_norm<T>, &swiglu<T>, &gelu<T>, &rotary<T>, &attention<T, T>, &join_ranges<T, T>,
+            &attention<T, int8_t>, &join_ranges<T, int8_t>};
 }
 
 constexpr Isa table(const char* name) { return {name, &greedy, &patchify, typed_table<float>(), typed_table<bf16>()}; }

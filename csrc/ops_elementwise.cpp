@@ -92,18 +92,29 @@ void rotary(const Array& x, const Array& cos, const Array& sin) {
     by_type(x, [&](auto* t) {
         using T = std::remove_pointer_t<decltype(t)>;
         rotate(RotaryArgs<T>{x.as<T>(), x.strides[0], x.strides[1], cos.as<float>(), sin.as<float>(), x.shape[2] / 2,
-                             x.shape[1], 0, x.shape[2], nullptr, nullptr, nullptr, 1},
+                             x.shape[1], 0, x.shape[2], nullptr, nullptr, nullptr, 1, nullptr, nullptr, nullptr, nullptr},
                x.shape[0]);
     });
 }
 
 void rotary_cache(const Array& qkv, const Array& cos, const Array& sin, const Array& slots, const Array& k_cache,
-                  const Array& v_cache, int64_t heads, int64_t kv_heads) {
-    check(k_cache, "k_cache", kFloats, {kAny, kv_heads, kAny, kAny});
+                  const Array& v_cache, int64_t heads, int64_t kv_heads, const pybind11::object& k_scale,
+                  const pybind11::object& v_scale) {
+    check(qkv, "qkv", kFloats, {kAny, kAny}, Layout::rows);
+    const bool int8 = !k_scale.is_none();
+    if (int8 == v_scale.is_none()) reject("v_scale", "one with k_scale, or neither", "one of the two");
+    check(k_cache, "k_cache", {int8 ? DType::int8 : qkv.dtype}, {kAny, kv_heads, kAny, kAny});
     const int64_t blocks = k_cache.shape[0], d = k_cache.shape[2], block_size = k_cache.shape[3];
     check(v_cache, "v_cache", {k_cache.dtype}, {blocks, kv_heads, block_size, d});
     if (heads < 0 || kv_heads < 0) reject("num_heads", "a number >= 0", std::to_string(std::min(heads, kv_heads)));
-    check(qkv, "qkv", {k_cache.dtype}, {kAny, (heads + 2 * kv_heads) * d}, Layout::rows);
+    check(qkv, "qkv", kFloats, {kAny, (heads + 2 * kv_heads) * d}, Layout::rows);
+    Array key_scale, value_scale;
+    if (int8) {
+        key_scale = k_scale.cast<Array>(), value_scale = v_scale.cast<Array>();
+        check(key_scale, "k_scale", {DType::float32}, {blocks, kv_heads, block_size});
+        check(value_scale, "v_scale", {DType::float32}, {blocks, kv_heads, block_size});
+        if (d > 256) reject("k_cache", "a head_dim of at most 256", std::to_string(d));
+    }
     const int64_t tokens = qkv.shape[0];
     check_angles(cos, sin, tokens, d);
     check(slots, "slots", {DType::int64}, {tokens});
@@ -113,9 +124,18 @@ void rotary_cache(const Array& qkv, const Array& cos, const Array& sin, const Ar
             reject("slots", "-1.." + std::to_string(blocks * block_size - 1), std::to_string(slot[t]));
     by_type(qkv, [&](auto* p) {
         using T = std::remove_pointer_t<decltype(p)>;
-        rotate(RotaryArgs<T>{qkv.as<T>(), qkv.strides[0], d, cos.as<float>(), sin.as<float>(), d / 2, heads, kv_heads,
-                             d, slot, k_cache.as<T>(), v_cache.as<T>(), block_size},
-               tokens);
+        RotaryArgs<T> args{};
+        args.x = qkv.as<T>(), args.token_stride = qkv.strides[0], args.head_stride = d;
+        args.cos = cos.as<float>(), args.sin = sin.as<float>(), args.angle_stride = d / 2;
+        args.heads = heads, args.kv_heads = kv_heads, args.d = d;
+        args.slots = slot, args.block_size = block_size;
+        if (int8) {
+            args.k_codes = k_cache.as<int8_t>(), args.v_codes = v_cache.as<int8_t>();
+            args.k_scale = key_scale.as<float>(), args.v_scale = value_scale.as<float>();
+        } else {
+            args.k_cache = k_cache.as<T>(), args.v_cache = v_cache.as<T>();
+        }
+        rotate(args, tokens);
     });
 }
 

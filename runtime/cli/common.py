@@ -41,6 +41,7 @@ stderr = Console(stderr=True)
 
 Device = Literal["cpu", "cuda"]
 DType = Literal["auto", "bfloat16", "float32"]
+KvCacheDType = Literal["auto", "int8"]
 
 ModelOption = Annotated[
     str,
@@ -78,6 +79,13 @@ KvCacheOption = Annotated[
         callback=not_nan,
         metavar="X",
         help="Memory for the KV cache, in GB.",
+    ),
+]
+KvCacheDTypeOption = Annotated[
+    KvCacheDType,
+    typer.Option(
+        "--kv-cache-dtype",
+        help="What the KV cache is stored in; auto is the arithmetic, int8 holds twice the pages.",
     ),
 ]
 
@@ -122,9 +130,10 @@ def load_engine(
     *,
     concurrency: int | None = None,
     kv_cache_gb: float | None = None,
+    kv_cache_dtype: KvCacheDType = "auto",
 ) -> Engine:
     """Load a model with the options that most commands have."""
-    options: dict[str, Any] = {"device": device, "dtype": dtype}
+    options: dict[str, Any] = {"device": device, "dtype": dtype, "kv_cache_dtype": kv_cache_dtype}
     if concurrency is not None:
         options["max_num_seqs"] = concurrency
     if kv_cache_gb is not None:

@@ -15,6 +15,7 @@ from pagemill.cli.common import (
     DebugOption,
     DeviceOption,
     DTypeOption,
+    KvCacheDTypeOption,
     KvCacheOption,
     MaxNewTokensOption,
     ModelOption,
@@ -90,6 +91,7 @@ def bench(
     ] = "auto",
     max_new_tokens: MaxNewTokensOption = None,
     kv_cache_gb: KvCacheOption = None,
+    kv_cache_dtype: KvCacheDTypeOption = "auto",
     threads: Annotated[
         int | None, typer.Option("--threads", min=1, max=4096, metavar="N", help="Threads of the kernels.")
     ] = None,
@@ -152,6 +154,7 @@ def bench(
             resolution=resolution,
             max_new_tokens=max_new_tokens,
             kv_cache_gb=kv_cache_gb,
+            kv_cache_dtype=kv_cache_dtype,
             threads=threads,
         )
         runs = measure.sweep(base, sweep or [])

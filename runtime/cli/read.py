@@ -19,6 +19,7 @@ from pagemill.cli.common import (
     DebugOption,
     DeviceOption,
     DTypeOption,
+    KvCacheDTypeOption,
     KvCacheOption,
     MaxNewTokensOption,
     ModelOption,
@@ -117,6 +118,7 @@ def read(
         typer.Option("--concurrency", min=1, max=4096, metavar="N", help="Pages in the model at a time."),
     ] = None,
     kv_cache_gb: KvCacheOption = None,
+    kv_cache_dtype: KvCacheDTypeOption = "auto",
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no summary.")] = False,
     debug: DebugOption = False,
 ) -> None:
@@ -163,7 +165,14 @@ def read(
             to_terminal = not target.resumable and sys.stdout.isatty()
             live = stderr.is_terminal and not quiet and not to_terminal
             with loading(model) if live else nullcontext():
-                engine = load_engine(model, device, dtype, concurrency=concurrency, kv_cache_gb=kv_cache_gb)
+                engine = load_engine(
+                    model,
+                    device,
+                    dtype,
+                    concurrency=concurrency,
+                    kv_cache_gb=kv_cache_gb,
+                    kv_cache_dtype=kv_cache_dtype,
+                )
             with engine:
                 from pagemill.decode.sampler import SamplingParams
 

@@ -95,6 +95,7 @@ class Settings:
     resolution: str = "auto"
     max_new_tokens: int | None = None
     kv_cache_gb: float | None = None
+    kv_cache_dtype: str = "auto"
     threads: int | None = None
 
     def engine_options(self) -> dict[str, Any]:
@@ -104,6 +105,7 @@ class Settings:
             "dtype": self.dtype,
             "kernels": self.kernels,
             "max_num_seqs": self.concurrency,
+            "kv_cache_dtype": self.kv_cache_dtype,
         }
         if self.kv_cache_gb is not None:
             options["kv_cache_bytes"] = int(self.kv_cache_gb * 1e9)
@@ -307,6 +309,7 @@ _SWEEPS: Mapping[str, Callable[[str], Any]] = {
     "resolution": _resolution,
     "max_new_tokens": _number(1, 1 << 20, int),
     "kv_cache_gb": _number(1e-6, 1e6, float),
+    "kv_cache_dtype": _word("auto", "int8"),
     "threads": _number(1, 4096, int),
     "model": str,
 }
