@@ -14,7 +14,7 @@ template <class T>
 constexpr TypedKernels<T> typed_table() {
     return {&linear<T>, kVectorBlocking, &qlinear<T>, kVectorBlocking, &quantize_rows<T>, &pack_int8<T>, &pack_int4<T>,
             &dequantize<T>, &rms_norm<T>, &swiglu<T>, &gelu<T>, &rotary<T>, &attention<T, T>, &join_ranges<T, T>,
-            &pixel_values<T>};
+            &attention<T, int8_t>, &join_ranges<T, int8_t>, &pixel_values<T>};
 }
 
 constexpr Isa table(const char* name) { return {name, &greedy, &patchify, typed_table<float>(), typed_table<bf16>()}; }

@@ -69,6 +69,20 @@ PM_KERNEL void stage(const AttentionArgs<T, C>& p, int64_t first, int64_t count,
     }
 }
 
+// Scales of a tile's keys and values, zeros past count.
+template <class T, class C>
+PM_INLINE void find_scales(const AttentionArgs<T, C>& p, int64_t first, int64_t count, float* keys, float* values) {
+    clear(keys, kKeys);
+    clear(values, kKeys);
+    for (int64_t j = 0, run; j < count; j += run) {
+        const int64_t offset = (first + j) % p.block_size, rest = p.block_size - offset;
+        run = rest < count - j ? rest : count - j;
+        const int64_t at = p.blocks[(first + j) / p.block_size] * p.scale_stride + offset;
+        memcpy(keys + j, p.k_scale + at, run * sizeof(float));
+        memcpy(values + j, p.v_scale + at, run * sizeof(float));
+    }
+}
+
 // Asks for the blocks of the tile at key `first`. They lie scattered, and the machine's own prefetching stops at each
 // one's end; it hides more of the wait where few rows use what is fetched.
 template <class T, class C>
@@ -88,24 +102,26 @@ PM_INLINE void prefetch_paged(const AttentionArgs<T, C>& p, int64_t first) {
 }
 
 // One tile of scores for one row: s becomes the weights, the running maximum and lane sums move on, the output so
-// far is rescaled. `valid` >= 1 keys of `width` columns are visible.
-PM_INLINE void soften(float* s, int64_t valid, int64_t width, float& maximum, float* lanes, float* out, int64_t ldv) {
+// far is rescaled. `valid` >= 1 keys of `width` columns are visible. Scaled: scores and weights are multiplied with
+// what the keys' and the values' codes stand for; the sum of weights is not.
+template <bool kScaled>
+PM_INLINE void soften(float* s, int64_t valid, int64_t width, const float* key_scale, const float* value_scale,
+                      float& maximum, float* lanes, float* out, int64_t ldv) {
     const float inf = std::numeric_limits<float>::infinity();
     const I lane = iota();
     V best = splat(maximum);
     for (int64_t j = 0; j < width; j += W) {
         V v = load(s + j);
-        if (valid - j < W) {
-            v = lane < static_cast<int32_t>(valid - j) ? v : splat(-inf);
-            store(s + j, v);
-        }
+        if (kScaled) v = v * load(key_scale + j);
+        if (valid - j < W) v = lane < static_cast<int32_t>(valid - j) ? v : splat(-inf);
+        if (kScaled || valid - j < W) store(s + j, v);
         best = max(v, best);
     }
     const float top = highest(best);
     V total = {};
     for (int64_t j = 0; j < width; j += W) {
         const V weight = exp(load(s + j) - top);
-        store(s + j, weight);
+        store(s + j, kScaled ? weight * load(value_scale + j) : weight);
         total += weight;
     }
     if (top != maximum) {
@@ -164,10 +180,13 @@ struct FloatTile {
         const float* at[kMaxBlocks];
         for (int j = 0; j < blocks; ++j) at[j] = in_place ? wide(keys_at(p, first + j * kColumns)) : kt + j * kColumns;
         gemm<Single>(left, q + begin * kAStride, at, blocks, in_place ? p.block_size : kKeys, p.d, sb, kAStride, false);
+        constexpr bool scaled = sizeof(C) == 1;
+        float key_scale[kKeys], value_scale[kKeys];
+        if (scaled) find_scales(p, first, count, key_scale, value_scale);
         for (int64_t r = begin; r < rows; ++r) {
             const int64_t seen = visible(p, r) - first;
-            soften(s + r * kAStride, seen < count ? seen : count, blocks * kColumns, maxima[r], lanes + r * W,
-                   out + r * ldv, ldv);
+            soften<scaled>(s + r * kAStride, seen < count ? seen : count, blocks * kColumns, key_scale, value_scale,
+                           maxima[r], lanes + r * W, out + r * ldv, ldv);
         }
         // Values of consecutive keys lie together as far as their block goes, or all of them where they were staged.
         for (int64_t j = 0, run; j < count; j += run) {

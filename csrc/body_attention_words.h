@@ -274,7 +274,18 @@ struct WordTile {
     }
 
     void tile(const AttentionArgs<bf16, C>& p, int64_t first, int64_t count) {
-        const V factor = splat(p.scale * 1.44269504088896f);
+        constexpr bool scaled = sizeof(C) == 1;
+        V factor[scaled ? kVectors : 1], value_scale[scaled ? kVectors : 1];
+        factor[0] = splat(p.scale * 1.44269504088896f);
+        if constexpr (scaled) {
+            float keys[kKeys], values[kKeys];
+            find_scales(p, first, count, keys, values);
+            const V unit = factor[0];
+            for (int j = 0; j < kVectors; ++j) {
+                factor[j] = unit * load(keys + j * W);
+                value_scale[j] = load(values + j * W);
+            }
+        }
         const int64_t left = p.tokens * p.group - first_row(p, first);
         if (p.blocks && left <= kRowsInPlace && count == kKeys && p.block_size % W == 0 && p.d % W == 0) {
             const C *keys[2 * kVectors], *values[2 * kMostAt];
@@ -289,7 +300,7 @@ struct WordTile {
             const Operand<C> k{keys, keys + kVectors, kVectors, 1, p.d / 2, p.block_size,
                                p.block_size == W ? 0 : p.block_size};
             const Operand<C> v{values, values + kMostAt, p.d / W, kKeys / run, run / 2, p.d, p.d};
-            multiply(p, first, count, k, v, &factor);
+            multiply(p, first, count, k, v, factor, value_scale);
         } else {
             if (first + kKeys < p.keys) prefetch_paged(p, first + kKeys);
             else if (next) prefetch_paged(*next, next->first_key);
@@ -299,14 +310,14 @@ struct WordTile {
             for (int j = 0; j < ldv / W; ++j) values[j] = vt + j * W;
             const Operand<Word> k{keys, nullptr, (count + W - 1) / W, 1, (p.d + 1) / 2, kKeys, 0};
             const Operand<Word> v{values, nullptr, ldv / W, 1, (count + 1) / 2, ldv, 0};
-            multiply(p, first, count, k, v, &factor);
+            multiply(p, first, count, k, v, factor, value_scale);
         }
     }
 
     // Scores, weights and output, few rows at a time: what lies between the products stays in the nearest cache.
     template <class B>
     void multiply(const AttentionArgs<bf16, C>& p, int64_t first, int64_t count, const Operand<B>& k,
-                            const Operand<B>& v, const V* factor) {
+                            const Operand<B>& v, const V* factor, const V* value_scale) {
         const int64_t begin = first_row(p, first), left = p.tokens * p.group - begin;
         const int64_t tiles = (left + kTileRows - 1) / kTileRows;
         const bool fetch = !p.blocks && next && first + kKeys >= p.keys;
@@ -317,8 +328,8 @@ struct WordTile {
             for (int64_t r = 0; r < rows; ++r) {
                 const int64_t seen = visible(p, row + r) - first;
                 if (fetch) fetch_row(p, *next, row + r);
-                soften_words<false>(s + r * kKeys, weights + r * kWordStride, seen < count ? seen : count, factor, nullptr,
-                                    maxima[row + r], lanes + (row + r) * W, o + r * ldv, ldv);
+                soften_words<sizeof(C) == 1>(s + r * kKeys, weights + r * kWordStride, seen < count ? seen : count,
+                                             factor, value_scale, maxima[row + r], lanes + (row + r) * W, o + r * ldv, ldv);
             }
             product(rows, weights, v, o, ldv, true);
         }

@@ -78,6 +78,20 @@ PM_KERNEL void gelu(const T* x, T* out, int64_t begin, int64_t end) {
     });
 }
 
+// codes[i] = round(x[i] / scale) with scale = max |x| / 127: symmetric, from this vector alone. Returns the scale.
+template <class T>
+PM_INLINE float quantise(const T* x, int64_t n, int8_t* codes) {
+    V most = {};
+    sweep(n, [&](int64_t i, int64_t count) {
+        const V v = take(x + i, count);
+        most = max(v < 0.0f ? -v : v, most);
+    });
+    const float top = highest(most);
+    const V inverse = splat(top > 1e-30f ? 127.0f / top : 0.0f);
+    sweep(n, [&](int64_t i, int64_t count) { put(codes + i, take(x + i, count) * inverse, count); });
+    return top > 1e-30f ? top / 127.0f : 0.0f;
+}
+
 template <class T>
 PM_KERNEL void rotary(const RotaryArgs<T>& p, int64_t begin, int64_t end) {
     const int64_t half = p.d / 2;
@@ -99,6 +113,14 @@ PM_KERNEL void rotary(const RotaryArgs<T>& p, int64_t begin, int64_t end) {
             const T* k = token + (p.heads + h) * p.head_stride;
             const T* v = k + p.kv_heads * p.head_stride;
             const int64_t base = (block * p.kv_heads + h) * p.d * p.block_size;
+            if (p.k_codes) {
+                const int64_t at = (block * p.kv_heads + h) * p.block_size + offset;
+                int8_t codes[256];
+                p.k_scale[at] = quantise(k, p.d, codes);
+                for (int64_t i = 0; i < p.d; ++i) p.k_codes[base + i * p.block_size + offset] = codes[i];
+                p.v_scale[at] = quantise(v, p.d, p.v_codes + base + offset * p.d);
+                continue;
+            }
             for (int64_t i = 0; i < p.d; ++i) p.k_cache[base + i * p.block_size + offset] = k[i];
             memcpy(p.v_cache + base + offset * p.d, v, p.d * sizeof(T));
         }

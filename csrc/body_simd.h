@@ -12,6 +12,9 @@ typedef uint32_t U __attribute__((vector_size(4 * PM_WIDTH)));
 typedef uint16_t S __attribute__((vector_size(2 * PM_WIDTH)));
 typedef uint16_t SLoose __attribute__((vector_size(2 * PM_WIDTH), aligned(2), may_alias));
 
+typedef int8_t B __attribute__((vector_size(PM_WIDTH)));
+typedef int8_t BLoose __attribute__((vector_size(PM_WIDTH), aligned(1), may_alias));
+
 #define PM_INLINE static inline __attribute__((always_inline))
 #define PM_KERNEL static __attribute__((flatten))  // inlines the lambdas given to sweep
 
@@ -40,6 +43,12 @@ PM_INLINE S narrow(V v) {
 }
 
 PM_INLINE V load(const bf16* p) { return widen(*reinterpret_cast<const SLoose*>(p)); }
+PM_INLINE V load(const int8_t* p) { return __builtin_convertvector(*reinterpret_cast<const BLoose*>(p), V); }
+// Rounds to nearest even; v within -127..127.
+PM_INLINE void store(int8_t* p, V v) {
+    const V shifter = V{} + 12582912.0f;  // 1.5 * 2^23
+    *reinterpret_cast<BLoose*>(p) = __builtin_convertvector(__builtin_convertvector(v + shifter - shifter, I), B);
+}
 PM_INLINE void store(bf16* p, V v) { *reinterpret_cast<SLoose*>(p) = narrow(v); }
 
 PM_INLINE V splat(float x) {
@@ -70,6 +79,8 @@ PM_INLINE V load_n(const T* p, int64_t n) {
 #if defined(PM_AVX512)
     const __mmask16 mask = static_cast<__mmask16>((1u << n) - 1);
     if constexpr (sizeof(T) == 4) return _mm512_maskz_loadu_ps(mask, p);
+    else if constexpr (sizeof(T) == 1)
+        return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(mask, p)));
     else return widen(reinterpret_cast<S>(_mm256_maskz_loadu_epi16(mask, p)));
 #else
     alignas(64) T buffer[W] = {};
@@ -83,6 +94,7 @@ PM_INLINE void store_n(T* p, V v, int64_t n) {
 #if defined(PM_AVX512)
     const __mmask16 mask = static_cast<__mmask16>((1u << n) - 1);
     if constexpr (sizeof(T) == 4) _mm512_mask_storeu_ps(p, mask, v);
+    else if constexpr (sizeof(T) == 1) _mm_mask_storeu_epi8(p, mask, _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(v)));
     else _mm256_mask_storeu_epi16(p, mask, reinterpret_cast<__m256i>(narrow(v)));
 #else
     alignas(64) T buffer[W];

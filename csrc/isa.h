@@ -79,6 +79,8 @@ struct RotaryArgs {
     const int64_t* slots;        // null: no cache
     T *k_cache, *v_cache;
     int64_t block_size;
+    int8_t *k_codes, *v_codes;  // in place of the caches, or null
+    float *k_scale, *v_scale;   // of the codes, [blocks, kv_heads, block_size]
 };
 
 // Keys of a range: ranges begin afresh, so that threads can share the keys of one sequence.
@@ -105,6 +107,9 @@ struct AttentionArgs {
     const int32_t* blocks;  // null: packed rows k[key * k_key + d], v likewise
     int64_t block_stride, block_size;
     int64_t k_key, v_key;
+    // int8: what a token's codes are multiplied with, blocks of one kv head (block id -> scale[block_size]).
+    const float *k_scale, *v_scale;
+    int64_t scale_stride;
 };
 
 // How one axis is resampled: output i is the sum over t < count[i] of input[first[i] + t] * weight[i * taps + t].
@@ -172,6 +177,8 @@ struct TypedKernels {
     void (*rotary)(const RotaryArgs<T>&, int64_t begin, int64_t end);
     void (*attention)(const AttentionArgs<T, T>&, const AttentionArgs<T, T>* next);  // next: fetched ahead, or null
     void (*join_ranges)(const AttentionArgs<T, T>&);
+    void (*attention_int8)(const AttentionArgs<T, int8_t>&, const AttentionArgs<T, int8_t>* next);
+    void (*join_ranges_int8)(const AttentionArgs<T, int8_t>&);
     void (*pixel_values)(const PixelArgs<T>&, int64_t begin, int64_t end);
 };
 

@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 
 #include <algorithm>
+#include <type_traits>
 #include <vector>
 
 #include "array.h"
@@ -80,10 +81,11 @@ void run(Work<A>& work, Kernel attention, Join join_ranges) {
     run_all(work.items, work.order, [&](const A& a, const A*) { join_ranges(a); });
 }
 
-template <class T>
-void run(Work<AttentionArgs<T, T>>& work) {
+template <class T, class C>
+void run(Work<AttentionArgs<T, C>>& work) {
     const auto& kernels = isa().typed(static_cast<T*>(nullptr));
-    run(work, kernels.attention, kernels.join_ranges);
+    if constexpr (std::is_same_v<T, C>) run(work, kernels.attention, kernels.join_ranges);
+    else run(work, kernels.attention_int8, kernels.join_ranges_int8);
 }
 
 // Calls add(first, count) for near-equal pieces of `tokens`, each of at most `most` rows of `group`.
@@ -105,12 +107,12 @@ void check_starts(const Array& starts, const char* argument, int64_t tokens) {
     if (!rises) reject(argument, "values rising from 0 to " + std::to_string(tokens), "others");
 }
 
-template <class T>
+template <class T, class C>
 void paged(const Array& q, const Array& k_cache, const Array& v_cache, const Array& tables, const Array& starts,
-           const Array& lens, float scale, const Array& out) {
+           const Array& lens, float scale, const Array& k_scale, const Array& v_scale, const Array& out) {
     const int64_t heads = q.shape[1], d = q.shape[2], kv_heads = k_cache.shape[1], block_size = k_cache.shape[3];
     const int64_t group = heads / kv_heads, stride = kv_heads * d * block_size;
-    auto& work = begin_work<AttentionArgs<T, T>>();
+    auto& work = begin_work<AttentionArgs<T, C>>();
     for (int64_t s = 0; s < lens.shape[0]; ++s) {
         const int64_t row = starts.as<int32_t>()[s], count = starts.as<int32_t>()[s + 1] - row;
         if (count == 0) continue;
@@ -127,7 +129,7 @@ void paged(const Array& q, const Array& k_cache, const Array& v_cache, const Arr
                 reject("block_tables" + index, "0.." + std::to_string(k_cache.shape[0] - 1), std::to_string(table[i]));
         for (int64_t h = 0; h < kv_heads; ++h) {
             cut(count, group, [&](int64_t first, int64_t tokens) {
-                AttentionArgs<T, T> a{};
+                AttentionArgs<T, C> a{};
                 a.q = q.as<T>() + (row + first) * q.strides[0] + h * group * q.strides[1];
                 a.q_token = q.strides[0], a.q_head = q.strides[1];
                 a.out = out.as<T>() + ((row + first) * heads + h * group) * d;
@@ -136,8 +138,13 @@ void paged(const Array& q, const Array& k_cache, const Array& v_cache, const Arr
                 a.causal = true;
                 a.causal_first = context - count + first + 1;
                 a.keys = a.causal_first + tokens - 1;
-                a.k = k_cache.as<T>() + h * d * block_size;
-                a.v = v_cache.as<T>() + h * d * block_size;
+                a.k = k_cache.as<C>() + h * d * block_size;
+                a.v = v_cache.as<C>() + h * d * block_size;
+                if (k_scale.data) {
+                    a.k_scale = k_scale.as<float>() + h * block_size;
+                    a.v_scale = v_scale.as<float>() + h * block_size;
+                    a.scale_stride = kv_heads * block_size;
+                }
                 a.blocks = table, a.block_stride = stride, a.block_size = block_size;
                 work.items.push_back(a);
             });
@@ -148,12 +155,21 @@ void paged(const Array& q, const Array& k_cache, const Array& v_cache, const Arr
 }
 
 void paged_attention(const Array& q, const Array& k_cache, const Array& v_cache, const Array& tables,
-                     const Array& starts, const Array& lens, float scale, const Array& out) {
+                     const Array& starts, const Array& lens, float scale, const pybind11::object& k_scale,
+                     const pybind11::object& v_scale, const Array& out) {
     check(q, "q", kFloats, {kAny, kAny, kAny}, Layout::rows);
     const int64_t heads = q.shape[1], d = q.shape[2];
-    check(k_cache, "k_cache", {q.dtype}, {kAny, kAny, d, kAny});
+    const Array key_scale = optional_array(k_scale), value_scale = optional_array(v_scale);
+    const bool int8 = !k_scale.is_none();
+    if (int8 == v_scale.is_none()) reject("v_scale", "one with k_scale, or neither", "one of the two");
+    const DType stored = int8 ? DType::int8 : q.dtype;
+    check(k_cache, "k_cache", {stored}, {kAny, kAny, d, kAny});
     const int64_t kv_heads = k_cache.shape[1];
-    check(v_cache, "v_cache", {q.dtype}, {k_cache.shape[0], kv_heads, k_cache.shape[3], d});
+    if (int8) {
+        check(key_scale, "k_scale", {DType::float32}, {k_cache.shape[0], kv_heads, k_cache.shape[3]});
+        check(value_scale, "v_scale", {DType::float32}, {k_cache.shape[0], kv_heads, k_cache.shape[3]});
+    }
+    check(v_cache, "v_cache", {stored}, {k_cache.shape[0], kv_heads, k_cache.shape[3], d});
     if (kv_heads == 0 || heads % kv_heads)
         reject("q", "a number of heads that is a multiple of " + std::to_string(kv_heads), std::to_string(heads));
     if (d < 1 || d > kMaxHeadDim) reject("q", "a head_dim of 1..256", std::to_string(d));
@@ -163,11 +179,19 @@ void paged_attention(const Array& q, const Array& k_cache, const Array& v_cache,
     check(starts, "query_start", {DType::int32}, {lens.shape[0] + 1});
     check(out, "out", {q.dtype}, {q.shape[0], heads, d});
     check_written(out, "out", {{"q", q}, {"k_cache", k_cache}, {"v_cache", v_cache}, {"block_tables", tables},
-                               {"query_start", starts}, {"context_lens", lens}});
+                               {"query_start", starts}, {"context_lens", lens}, {"k_scale", key_scale},
+                               {"v_scale", value_scale}});
     check_starts(starts, "query_start", q.shape[0]);
     if (heads == 0) return;
-    if (q.dtype == DType::float32) paged<float>(q, k_cache, v_cache, tables, starts, lens, scale, out);
-    else paged<bf16>(q, k_cache, v_cache, tables, starts, lens, scale, out);
+    const auto attend = [&](auto* t, auto* c) {
+        paged<std::remove_pointer_t<decltype(t)>, std::remove_pointer_t<decltype(c)>>(
+            q, k_cache, v_cache, tables, starts, lens, scale, key_scale, value_scale, out);
+    };
+    float* f32 = nullptr;
+    bf16* b16 = nullptr;
+    int8_t* i8 = nullptr;
+    if (q.dtype == DType::float32) int8 ? attend(f32, i8) : attend(f32, f32);
+    else int8 ? attend(b16, i8) : attend(b16, b16);
 }
 
 template <class T>

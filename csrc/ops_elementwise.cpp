@@ -103,19 +103,33 @@ void rotary(const Array& x, const Array& cos, const Array& sin) {
     by_type(x, [&](auto* t) {
         using T = std::remove_pointer_t<decltype(t)>;
         rotate(RotaryArgs<T>{x.as<T>(), x.strides[0], x.strides[1], cos.as<float>(), sin.as<float>(), x.shape[2] / 2,
-                             x.shape[1], 0, x.shape[2], nullptr, nullptr, nullptr, 1},
+                             x.shape[1], 0, x.shape[2], nullptr, nullptr, nullptr, 1, nullptr, nullptr, nullptr, nullptr},
                x.shape[0]);
     });
 }
 
 void rotary_cache(const Array& qkv, const Array& cos, const Array& sin, const Array& slots, const Array& k_cache,
-                  const Array& v_cache, int64_t heads, int64_t kv_heads) {
+                  const Array& v_cache, int64_t heads, int64_t kv_heads, const pybind11::object& k_scale,
+                  const pybind11::object& v_scale) {
     if (std::min(heads, kv_heads) < 0 || std::max(heads, kv_heads) > kMaxHeads)
         reject("num_heads", "numbers in 0..2^20", std::to_string(heads) + " and " + std::to_string(kv_heads));
-    check(k_cache, "k_cache", kFloats, {kAny, kv_heads, kAny, kAny});
+    check(qkv, "qkv", kFloats, {kAny, kAny}, Layout::rows);
+    const bool int8 = !k_scale.is_none();
+    if (int8 == v_scale.is_none()) reject("v_scale", "one with k_scale, or neither", "one of the two");
+    check(k_cache, "k_cache", {int8 ? DType::int8 : qkv.dtype}, {kAny, kv_heads, kAny, kAny});
     const int64_t blocks = k_cache.shape[0], d = k_cache.shape[2], block_size = k_cache.shape[3];
     check(v_cache, "v_cache", {k_cache.dtype}, {blocks, kv_heads, block_size, d});
-    check(qkv, "qkv", {k_cache.dtype}, {kAny, (heads + 2 * kv_heads) * d}, Layout::rows);
+    check(qkv, "qkv", kFloats, {kAny, (heads + 2 * kv_heads) * d}, Layout::rows);
+    const Array key_scale = optional_array(k_scale), value_scale = optional_array(v_scale);
+    if (int8) {
+        check(key_scale, "k_scale", {DType::float32}, {blocks, kv_heads, block_size});
+        check(value_scale, "v_scale", {DType::float32}, {blocks, kv_heads, block_size});
+        if (d > 256) reject("k_cache", "a head_dim of at most 256", std::to_string(d));
+        check_written(key_scale, "k_scale", {{"qkv", qkv}, {"cos", cos}, {"sin", sin}, {"slots", slots},
+                                             {"k_cache", k_cache}, {"v_cache", v_cache}});
+        check_written(value_scale, "v_scale", {{"qkv", qkv}, {"cos", cos}, {"sin", sin}, {"slots", slots},
+                                               {"k_cache", k_cache}, {"v_cache", v_cache}, {"k_scale", key_scale}});
+    }
     const int64_t tokens = qkv.shape[0];
     check_angles(cos, sin, tokens, d);
     check(slots, "slots", {DType::int64}, {tokens});
@@ -129,9 +143,18 @@ void rotary_cache(const Array& qkv, const Array& cos, const Array& sin, const Ar
     if (qkv.size() == 0) return;
     by_type(qkv, [&](auto* p) {
         using T = std::remove_pointer_t<decltype(p)>;
-        rotate(RotaryArgs<T>{qkv.as<T>(), qkv.strides[0], d, cos.as<float>(), sin.as<float>(), d / 2, heads, kv_heads,
-                             d, slot, k_cache.as<T>(), v_cache.as<T>(), block_size},
-               tokens);
+        RotaryArgs<T> args{};
+        args.x = qkv.as<T>(), args.token_stride = qkv.strides[0], args.head_stride = d;
+        args.cos = cos.as<float>(), args.sin = sin.as<float>(), args.angle_stride = d / 2;
+        args.heads = heads, args.kv_heads = kv_heads, args.d = d;
+        args.slots = slot, args.block_size = block_size;
+        if (int8) {
+            args.k_codes = k_cache.as<int8_t>(), args.v_codes = v_cache.as<int8_t>();
+            args.k_scale = key_scale.as<float>(), args.v_scale = value_scale.as<float>();
+        } else {
+            args.k_cache = k_cache.as<T>(), args.v_cache = v_cache.as<T>();
+        }
+        rotate(args, tokens);
     });
 }
 

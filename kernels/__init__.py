@@ -17,10 +17,19 @@ from torch import Tensor
 import pagemill._native as _native
 from pagemill.errors import KernelUnavailable
 from pagemill.kernels import activation, angles, attention, linear, norm, pixels, rotary, sampling
-from pagemill.kernels.attention import kv_cache_shapes
+from pagemill.kernels.attention import LayerCache, kv_cache_shapes, kv_scale_shape
 from pagemill.kernels.linear import PackedLinear, Scheme
 
-__all__ = ["Kernels", "PackedLinear", "Scheme", "kv_cache_shapes", "select", "set_num_threads"]
+__all__ = [
+    "Kernels",
+    "LayerCache",
+    "PackedLinear",
+    "Scheme",
+    "kv_cache_shapes",
+    "kv_scale_shape",
+    "select",
+    "set_num_threads",
+]
 
 
 class PackLinearOp(Protocol):
@@ -73,6 +82,41 @@ class GreedyOp(Protocol):
     def __call__(self, logits: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]: ...
 
 
+class RotaryCacheOp(Protocol):
+    """`rotary_cache(qkv, cos, sin, slots, k_cache, v_cache, heads, kv_heads, k_scale=None, v_scale=None)`."""
+
+    def __call__(
+        self,
+        qkv: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        slots: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        num_heads: int,
+        num_kv_heads: int,
+        k_scale: Tensor | None = None,
+        v_scale: Tensor | None = None,
+    ) -> Tensor: ...
+
+
+class PagedAttentionOp(Protocol):
+    """`paged_attention(q, k_cache, v_cache, tables, starts, lens, scale, k_scale=None, v_scale=None)`."""
+
+    def __call__(
+        self,
+        q: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        block_tables: Tensor,
+        query_start: Tensor,
+        context_lens: Tensor,
+        scale: float,
+        k_scale: Tensor | None = None,
+        v_scale: Tensor | None = None,
+    ) -> Tensor: ...
+
+
 @dataclass(frozen=True)
 class Kernels:
     """The chosen implementation of every op; the contracts stand in the module of the same name."""
@@ -89,8 +133,8 @@ class Kernels:
     gelu: Callable[[Tensor], Tensor]
     mrope_angles: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
     rotary: Callable[[Tensor, Tensor, Tensor], None]
-    rotary_cache: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, int, int], Tensor]
-    paged_attention: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float], Tensor]
+    rotary_cache: RotaryCacheOp
+    paged_attention: PagedAttentionOp
     varlen_attention: Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor]
     pixel_values: Callable[[Tensor, Tensor, Tensor, int, Tensor], None]
     greedy: GreedyOp

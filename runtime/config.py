@@ -11,6 +11,7 @@ from pagemill.errors import ConfigError
 KernelChoice = Literal["auto", "reference", "native", "triton"]
 Quantize = Literal["none", "int8", "int4"]
 WeightCache = Literal["auto", "on", "off"]
+KvCacheDType = Literal["auto", "int8"]
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,9 @@ class EngineConfig:
     """Memory for keys and values, never exceeded; None takes `kv_cache_fraction` of what is free, at most what
     `max_num_seqs` sequences of full length need."""
     kv_cache_fraction: float = 0.3
+    kv_cache_dtype: KvCacheDType = "auto"
+    """What keys and values are stored in: auto is `dtype`; int8 holds about twice the tokens, each key and value scaled by
+    itself."""
     prefix_sharing: bool = True
     """Share the KV blocks of equal prompt beginnings."""
     prepare_threads: int = min(4, os.cpu_count() or 1)
@@ -73,6 +77,8 @@ class EngineConfig:
         for name in ("max_model_len", "kv_cache_bytes", "num_threads"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 refuse(name, "at least 1")
+        if self.kv_cache_dtype not in ("auto", "int8"):
+            refuse("kv_cache_dtype", "auto or int8")
         if self.max_num_seqs > 1 << 16:
             refuse("max_num_seqs", f"at most {1 << 16}")
         if not 0 < self.kv_cache_fraction <= 1:

@@ -76,7 +76,10 @@ class EngineCore:
             raise ConfigError(
                 f"max_model_len {self.max_model_len} is beyond the model's {text.max_position_embeddings} positions"
             )
-        per_block = block_bytes(text.num_layers, text.num_kv_heads, text.head_dim, config.block_size, dtype)
+        self.kv_dtype = torch.int8 if config.kv_cache_dtype == "int8" else dtype
+        per_block = block_bytes(
+            text.num_layers, text.num_kv_heads, text.head_dim, config.block_size, self.kv_dtype
+        )
         free = max(0, _free_memory(model.vision.device) - model.mapped_bytes)
         if config.kv_cache_bytes is not None and config.kv_cache_bytes > free:
             raise ConfigError(
@@ -108,7 +111,7 @@ class EngineCore:
             max_num_seqs=config.max_num_seqs,
             max_model_len=self.max_model_len,
             device=model.vision.device,
-            dtype=dtype,
+            dtype=self.kv_dtype,
         )
         self._draft_indexes: OrderedDict[str, DraftIndex] = OrderedDict()
         self.draft_budget = DraftBudget()

@@ -412,6 +412,7 @@ class Engine:
             "max_step_tokens": core.config.max_step_tokens,
             "prepare_threads": core.config.prepare_threads,
             "kv_cache_bytes": core.kv_cache_bytes,
+            "kv_cache_dtype": str(core.kv_dtype).removeprefix("torch."),
             "kv_cache_blocks": core.blocks.num_blocks,
             "kv_block_size": block_size,
             "kv_cache_tokens": core.blocks.num_blocks * block_size,

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pagemill.cache import ImageCache
 from pagemill.errors import ConfigError
-from pagemill.kernels import kv_cache_shapes
+from pagemill.kernels import LayerCache, kv_cache_shapes, kv_scale_shape
 from pagemill.model.decoder import RaggedBatch
 from pagemill.model.loader import Model
 from pagemill.scheduler import StepPlan
@@ -26,16 +26,17 @@ their activations would be memory that the system maps and clears anew for every
 def block_bytes(
     model_layers: int, num_kv_heads: int, head_dim: int, block_size: int, dtype: torch.dtype
 ) -> int:
-    """Bytes that one KV block takes over all layers, keys and values."""
-    return 2 * model_layers * num_kv_heads * head_dim * block_size * dtype.itemsize
+    """Bytes that one KV block takes over all layers, keys and values; int8 ones have a float32 scale each."""
+    scale = torch.float32.itemsize if dtype == torch.int8 else 0
+    return 2 * model_layers * num_kv_heads * block_size * (head_dim * dtype.itemsize + scale)
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Zeroed memory. On the CPU the system gives a page at its first write: a budget costs nothing until it is used."""
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
-    lazily = np.zeros(shape, dtype=np.float32 if dtype == torch.float32 else np.uint16)
-    return torch.from_numpy(lazily).view(dtype)
+    plain = {torch.float32: np.float32, torch.bfloat16: np.uint16, torch.int8: np.int8}[dtype]
+    return torch.from_numpy(np.zeros(shape, dtype=plain)).view(dtype)
 
 
 class DeviceClock:
@@ -65,7 +66,7 @@ class DeviceClock:
 
 
 class Runner:
-    """Owns the KV cache tensors and the block-table array of running sequences."""
+    """Owns the KV cache tensors (of `dtype`, int8 with scales) and the block-table array of running sequences."""
 
     def __init__(
         self,
@@ -83,9 +84,12 @@ class Runner:
         self.block_size = block_size
         text = model.config.text
         k_shape, v_shape = kv_cache_shapes(num_blocks, text.num_kv_heads, text.head_dim, block_size)
+        shapes: list[tuple[tuple[int, ...], torch.dtype]] = [(k_shape, dtype), (v_shape, dtype)]
+        if dtype == torch.int8:
+            shapes += 2 * [(kv_scale_shape(num_blocks, text.num_kv_heads, block_size), torch.float32)]
         try:
             self.kv_cache = [
-                (_zeros(k_shape, dtype, device), _zeros(v_shape, dtype, device))
+                LayerCache(*(_zeros(shape, of, device) for shape, of in shapes))
                 for _ in range(text.num_layers)
             ]
         except (RuntimeError, MemoryError) as error:  # torch's allocators raise RuntimeError
@@ -125,9 +129,10 @@ class Runner:
 
     def _decode(self, plan: StepPlan) -> Tensor:
         for source, destination in plan.copies:
-            for keys, values in self.kv_cache:
-                keys[destination] = keys[source]
-                values[destination] = values[source]
+            for layer in self.kv_cache:
+                for tensor in layer:
+                    if tensor is not None:
+                        tensor[destination] = tensor[source]
         if not plan.work:
             return torch.empty(0, self.model.config.text.vocab_size)
         return self.model.decoder(self._lay_out(plan), self.kv_cache)

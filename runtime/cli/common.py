@@ -41,6 +41,7 @@ stderr = Console(stderr=True)
 
 Device = Literal["cpu", "cuda"]
 DType = Literal["auto", "bfloat16", "float32"]
+KvCacheDType = Literal["auto", "int8"]
 
 ModelOption = Annotated[
     str,
@@ -62,10 +63,6 @@ QuantizeOption = Annotated[
         "--quantize",
         help="Round the weights while loading: int8, or int4 (the decoder; the rest int8). Faster, and smaller.",
     ),
-]
-KvDTypeOption = Annotated[
-    Literal["auto", "int8"],
-    typer.Option("--kv-cache-dtype", help="Of keys and values; auto is as the arithmetic."),
 ]
 WeightCacheOption = Annotated[
     Literal["auto", "on", "off"],
@@ -96,6 +93,13 @@ KvCacheOption = Annotated[
         callback=not_nan,
         metavar="X",
         help="Memory for the KV cache, in GB.",
+    ),
+]
+KvCacheDTypeOption = Annotated[
+    KvCacheDType,
+    typer.Option(
+        "--kv-cache-dtype",
+        help="What the KV cache is stored in; auto is the arithmetic, int8 holds twice the pages.",
     ),
 ]
 
@@ -142,6 +146,7 @@ def load_engine(
     weight_cache: str = "auto",
     concurrency: int | None = None,
     kv_cache_gb: float | None = None,
+    kv_cache_dtype: KvCacheDType = "auto",
 ) -> Engine:
     """Load a model with the options that most commands have."""
     options: dict[str, Any] = {
@@ -149,6 +154,7 @@ def load_engine(
         "dtype": dtype,
         "quantize": quantize,
         "weight_cache": weight_cache,
+        "kv_cache_dtype": kv_cache_dtype,
     }
     if concurrency is not None:
         options["max_num_seqs"] = concurrency

@@ -15,8 +15,8 @@ from pagemill.cli.common import (
     DebugOption,
     DeviceOption,
     DTypeOption,
+    KvCacheDTypeOption,
     KvCacheOption,
-    KvDTypeOption,
     MaxNewTokensOption,
     ModelOption,
     QuantizeOption,
@@ -47,7 +47,6 @@ def bench(
     device: DeviceOption = "cpu",
     dtype: DTypeOption = "auto",
     quantize: QuantizeOption = "none",
-    kv_cache_dtype: KvDTypeOption = "auto",
     concurrency: Annotated[
         int, typer.Option("--concurrency", min=1, max=4096, metavar="N", help="Pages in the model at a time.")
     ] = 32,
@@ -94,6 +93,7 @@ def bench(
     ] = "auto",
     max_new_tokens: MaxNewTokensOption = None,
     kv_cache_gb: KvCacheOption = None,
+    kv_cache_dtype: KvCacheDTypeOption = "auto",
     threads: Annotated[
         int | None, typer.Option("--threads", min=1, max=4096, metavar="N", help="Threads of the kernels.")
     ] = None,
@@ -159,6 +159,7 @@ def bench(
             resolution=resolution,
             max_new_tokens=max_new_tokens,
             kv_cache_gb=kv_cache_gb,
+            kv_cache_dtype=kv_cache_dtype,
             threads=threads,
         )
         runs = asked.sweep(base, sweep or [])
@@ -350,7 +351,7 @@ def simulate(
             help="bfloat16 or float32; int8 or int4, as --quantize makes them; fp8, w8a8 or w4a16: the decoder alone.",
         ),
     ] = "bfloat16",
-    kv_cache_dtype: KvDTypeOption = "auto",
+    kv_cache_dtype: KvCacheDTypeOption = "auto",
     pages: Annotated[
         int, typer.Option("--pages", min=1, max=100_000_000, metavar="N", help="Pages to read.")
     ] = 10_000,

@@ -19,6 +19,7 @@ from pagemill.cli.common import (
     DebugOption,
     DeviceOption,
     DTypeOption,
+    KvCacheDTypeOption,
     KvCacheOption,
     MaxNewTokensOption,
     ModelOption,
@@ -116,6 +117,7 @@ def read(
         typer.Option("--concurrency", min=1, max=4096, metavar="N", help="Pages in the model at a time."),
     ] = None,
     kv_cache_gb: KvCacheOption = None,
+    kv_cache_dtype: KvCacheDTypeOption = "auto",
     weight_cache: WeightCacheOption = "auto",
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no summary.")] = False,
     debug: DebugOption = False,
@@ -167,6 +169,7 @@ def read(
                     weight_cache=weight_cache,
                     concurrency=concurrency,
                     kv_cache_gb=kv_cache_gb,
+                    kv_cache_dtype=kv_cache_dtype,
                 )
             with engine:
                 from pagemill.decode.sampler import SamplingParams

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pagemill.kernels import Kernels, PackedLinear, Scheme
+from pagemill.kernels import Kernels, LayerCache, PackedLinear, Scheme
 from pagemill.model.config import TextConfig
 from pagemill.model.packed import PackedWeights
 from pagemill.model.rope import MRope
@@ -101,8 +101,8 @@ class Decoder:
         self.rope = MRope(config.head_dim, config.rope_theta, config.mrope_section, device)
 
     @torch.inference_mode()
-    def __call__(self, batch: RaggedBatch, kv_cache: list[tuple[Tensor, Tensor]]) -> Tensor:
-        """Run one ragged batch, writing keys and values into `kv_cache` (one pair a layer).
+    def __call__(self, batch: RaggedBatch, kv_cache: list[LayerCache]) -> Tensor:
+        """Run one ragged batch, writing keys and values into `kv_cache` (one a layer).
 
         Returns logits, float32 `[L, vocab]`, for `batch.logit_rows`.
         """
@@ -116,11 +116,13 @@ class Decoder:
         for i, layer in enumerate(self.layers):
             if i:
                 y = k.add_rms_norm(y, residual, layer.attention_norm, c.rms_norm_eps)
-            keys, values = kv_cache[i]
+            keys, values, *scales = kv_cache[i]
             qkv = k.linear(y, layer.qkv)
-            q = k.rotary_cache(qkv, cos, sin, batch.slots, keys, values, c.num_heads, c.num_kv_heads)
+            heads = c.num_heads, c.num_kv_heads
+            q = k.rotary_cache(qkv, cos, sin, batch.slots, keys, values, *heads, *scales)
+            lens = batch.context_lens
             y = k.paged_attention(
-                q, keys, values, batch.block_tables, batch.query_start, batch.context_lens, scale
+                q, keys, values, batch.block_tables, batch.query_start, lens, scale, *scales
             )
             y = k.linear(y.reshape(num_tokens, c.hidden_size), layer.out)
             y = k.add_rms_norm(y, residual, layer.mlp_norm, c.rms_norm_eps)

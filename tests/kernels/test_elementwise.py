@@ -122,6 +122,48 @@ def test_rotary_cache(
     )
 
 
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim", "block_size"), [(7, 1, 80, 1), (4, 2, 18, 16)])
+def test_rotary_cache_int8(
+    kernels: Kernels, dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int, block_size: int
+) -> None:
+    tokens, blocks = 9, 20
+    qkv = torch.randn(tokens, (heads + 2 * kv_heads) * head_dim, dtype=dtype)
+    parts = qkv.view(tokens, heads + 2 * kv_heads, head_dim)
+    parts[1, heads:] = 0
+    parts[2, -1] *= 1000
+    parts[3, heads + kv_heads :] = parts[3, heads + kv_heads :].abs() * -1e-3
+    values = parts[:, heads + kv_heads :].clone()
+    turned = _rotated(parts.clone(), (angle := torch.randn(tokens, head_dim // 2)).cos(), angle.sin())
+    keys = turned[:, heads : heads + kv_heads]
+    slots = torch.randperm(blocks * block_size)[:tokens]
+    slots[4] = -1
+    k_cache = torch.full((blocks, kv_heads, head_dim, block_size), -128, dtype=torch.int8)
+    v_cache = torch.full((blocks, kv_heads, block_size, head_dim), -128, dtype=torch.int8)
+    k_scale, v_scale = torch.full((2, blocks, kv_heads, block_size), torch.nan).unbind(0)
+    args = angle.cos(), angle.sin(), slots, k_cache, v_cache, heads, kv_heads, k_scale, v_scale
+    q = kernels.rotary_cache(qkv, *args)
+    assert_close(q, turned[:, :heads])
+    for t, slot in enumerate(slots.tolist()):
+        if slot < 0:
+            continue
+        block, offset = divmod(slot, block_size)
+        for wanted, codes, scale in (
+            (keys[t], k_cache[block, :, :, offset], k_scale[block, :, offset]),
+            (values[t], v_cache[block, :, offset], v_scale[block, :, offset]),
+        ):
+            most = wanted.double().abs().amax(-1)
+            # Keys were rounded to dtype when they were rotated.
+            torch.testing.assert_close(scale.double(), most / 127, rtol=2**-8, atol=0)
+            assert codes.min() >= -127
+            error = (codes.double() * scale.double()[:, None] - wanted.double()).abs()
+            assert (error <= most[:, None] * (0.501 / 127 + 2**-8)).all()
+        exact = values[t].double().abs().amax(-1) / 127
+        torch.testing.assert_close(v_scale[block, :, offset].double(), exact, rtol=1e-6, atol=0)
+    written = (tokens - 1) * kv_heads
+    assert int((~k_scale.isnan()).sum()) == int((~v_scale.isnan()).sum()) == written
+    assert int((k_cache != -128).sum()) == int((v_cache != -128).sum()) == written * head_dim
+
+
 @pytest.mark.parametrize("vocabulary", [1, 5, 16, 17, 2048, 2051])
 def test_greedy(kernels: Kernels, vocabulary: int) -> None:
     logits = torch.randn(6, vocabulary) * 8
