@@ -286,11 +286,11 @@ PM_INLINE void add_group(const QLinearArgs<T>& p, const Work& work, const float*
         const int64_t row = work.first_row + work.tiles.start(t);
         for (int64_t j = 0; j < kPanel; j += W) {
             const int64_t at = ((work.first_panel + from) * groups + group) * kPanel + j;
-            const V zero = load(p.zeros + at), scale = load(p.scales + at);
+            const V scale = load(p.scales + at);
             int64_t of_x = row * groups + group, to = which * kSumsSize / 2 + j;
             for (int64_t r = 0; r < work.tiles.height; ++r, of_x += groups, to += kPanel) {
-                V sum = __builtin_convertvector(reinterpret_cast<I>(load(sums + to)), V);
-                sum -= zero * splat(static_cast<float>(p.rows.sums[of_x]));
+                const I whole = reinterpret_cast<I>(load(sums + to)) - zero_terms(p.zeros + at, p.rows.sums[of_x]);
+                V sum = __builtin_convertvector(whole, V);
                 sum *= scale * splat(p.rows.scales[of_x]);
                 store(y + to, group ? load(y + to) + sum : sum);
             }

@@ -149,7 +149,6 @@ def bench(
             model=model,
             dtype=dtype,
             quantize=quantize,
-            kv_cache_dtype=kv_cache_dtype,
             device=device,
             concurrency=concurrency,
             rate=rate,
