@@ -287,8 +287,8 @@ PM_INLINE void add_group(const QLinearArgs<T>& p, const Work& work, const float*
         for (int64_t j = 0; j < kPanel; j += W) {
             const int64_t at = ((work.first_panel + from) * groups + group) * kPanel + j;
             const V scale = load(p.scales + at);
-            int64_t of_x = row * groups + group, to = which * kSumsSize / 2 + j;
-            for (int64_t r = 0; r < work.tiles.height; ++r, of_x += groups, to += kPanel) {
+            int64_t of_x = group * p.rows.m + row, to = which * kSumsSize / 2 + j;
+            for (int64_t r = 0; r < work.tiles.height; ++r, ++of_x, to += kPanel) {
                 const I whole = reinterpret_cast<I>(load(sums + to)) - zero_terms(p.zeros + at, p.rows.sums[of_x]);
                 V sum = __builtin_convertvector(whole, V);
                 sum *= scale * splat(p.rows.scales[of_x]);
