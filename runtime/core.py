@@ -144,6 +144,13 @@ class EngineCore:
                     f"a prepared image has grid {image.grid}, {image.num_tokens} tokens and patches of shape "
                     f"{image.patches.shape}, which do not belong together in this model"
                 )
+            levels = (config.vision.in_channels, 256)
+            typed = image.patches.dtype == np.uint8 and image.levels.dtype == np.float32
+            if not typed or image.levels.shape != levels:
+                raise RequestError(
+                    f"a prepared image should have patches of uint8 and levels of float32 {list(levels)}, it has "
+                    f"{image.patches.dtype} and {image.levels.dtype} {list(image.levels.shape)}"
+                )
         counts = [image.num_tokens for image in images]
         if isinstance(prompt, str):
             token_ids, starts = self.prompter.encode(prompt, counts)
@@ -158,7 +165,12 @@ class EngineCore:
             token_ids,
             [
                 SequenceImage(
-                    start, image.num_tokens, image.grid, image.content_hash, image.levels, image.patches
+                    start,
+                    image.num_tokens,
+                    image.grid,
+                    image.content_hash,
+                    image.levels,
+                    np.ascontiguousarray(image.patches),
                 )
                 for start, image in zip(starts, images, strict=True)
             ],
