@@ -28,8 +28,8 @@ def mrope_angles_reference(
         if tensor.numel():
             low, high = int(tensor.min()), int(tensor.max())
             expect(low >= 0 and high < limit, name, f"0..{limit - 1}", f"{low}..{high}")
-    rows, frequency = positions[axis].T, torch.arange(len(axis), device=axis.device)
-    return cos[rows, frequency].contiguous(), sin[rows, frequency].contiguous()
+    rows, frequency = positions[axis].T.contiguous(), torch.arange(len(axis), device=axis.device)
+    return cos[rows, frequency], sin[rows, frequency]
 
 
 def mrope_angles_native(positions: Tensor, axis: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:

@@ -338,6 +338,7 @@ def test_mrope_angles(kernels: Kernels) -> None:
     cos, sin = torch.randn(7, 5), torch.randn(7, 5)
     found = kernels.mrope_angles(positions, axis, cos, sin)
     for table, angles in zip((cos, sin), found, strict=True):
+        assert angles.is_contiguous()
         for t in range(4):
             for f in range(5):
                 assert angles[t, f] == table[positions[axis[f], t], f]
