@@ -156,17 +156,12 @@ class Runner:
     def _lay_out(self, plan: StepPlan) -> RaggedBatch:
         """Flatten the plan's work. Per-token arrays are built from per-sequence ones without a Python loop over tokens."""
         work, block_size = plan.work, self.block_size
-        counts = np.fromiter((n for _, n in work), dtype=np.int64, count=len(work))
-        starts = np.fromiter((seq.num_computed for seq, _ in work), dtype=np.int64, count=len(work))
-        deltas = np.fromiter((seq.position_delta for seq, _ in work), dtype=np.int64, count=len(work))
-        rows = np.fromiter((seq.row for seq, _ in work), dtype=np.int64, count=len(work))
-        query_start = np.zeros(len(work) + 1, dtype=np.int64)
-        np.cumsum(counts, out=query_start[1:])
-
         token_ids: list[int] = []
         logit_rows: list[int] = []
         prefills: list[tuple[int, Sequence, int]] = []
-        for first, (seq, n) in zip(query_start.tolist(), work, strict=False):
+        of_work: list[tuple[int, int, int, int]] = []
+        first = 0
+        for seq, n in work:
             start, total = seq.num_computed, len(seq.token_ids)
             if n == 1:
                 token_ids.append(seq.token_ids[start])
@@ -182,13 +177,21 @@ class Runner:
                 new = seq.block_table[seq.num_synced :]
                 self._block_tables[seq.row, seq.num_synced : seq.num_synced + len(new)] = new
                 seq.num_synced = len(seq.block_table)
+            of_work.append((start, n, seq.position_delta, seq.row))
+            first += n
 
-        of_sequence = np.repeat(np.arange(len(work)), counts)
-        index = np.arange(query_start[-1]) - (query_start[:-1] - starts)[of_sequence]
-        slots = self._block_tables[rows[of_sequence], index // block_size].astype(np.int64) * block_size
-        slots += index % block_size
-        positions = np.empty((3, len(index)), dtype=np.int64)
-        positions[:] = index + deltas[of_sequence]
+        starts, counts, deltas, rows = np.array(of_work, dtype=np.int64).T
+        query_start = np.zeros(len(work) + 1, dtype=np.int32)
+        counts.cumsum(out=query_start[1:])
+        if first == len(work):  # one token each: a step that only decodes
+            index, row, delta = starts, rows, deltas
+        else:
+            index = np.arange(first) + (starts - query_start[:-1]).repeat(counts)
+            row, delta = rows.repeat(counts), deltas.repeat(counts)
+        block, offset = np.divmod(index, block_size)
+        slots = self._block_tables[row, block] * np.int64(block_size) + offset
+        positions = np.empty((3, first), dtype=np.int64)
+        positions[:] = index + delta
         image_rows: list[npt.NDArray[np.int64]] = []
         image_embeds: list[Tensor] = []
         for first, seq, n in prefills:
@@ -201,17 +204,18 @@ class Runner:
                     image_rows.append(np.arange(low, high) - start + first)
                     image_embeds.append(self.images.get(image.digest)[low - image.start : high - image.start])
 
-        width = -(-int((starts + counts).max()) // block_size)
+        context_lens = (starts + counts).astype(np.int32)
+        width = -(-int(context_lens.max()) // block_size)
         device = self.device
         return RaggedBatch(
-            token_ids=torch.tensor(token_ids, dtype=torch.int64, device=device),
+            token_ids=torch.from_numpy(np.array(token_ids, dtype=np.int64)).to(device),
             positions=torch.from_numpy(positions).to(device),
             max_position=int(positions.max()),
             slots=torch.from_numpy(slots).to(device),
-            query_start=torch.from_numpy(query_start.astype(np.int32)).to(device),
-            context_lens=torch.from_numpy((starts + counts).astype(np.int32)).to(device),
+            query_start=torch.from_numpy(query_start).to(device),
+            context_lens=torch.from_numpy(context_lens).to(device),
             block_tables=torch.from_numpy(self._block_tables[rows, :width]).to(device),
-            logit_rows=torch.tensor(logit_rows, dtype=torch.int64, device=device),
+            logit_rows=torch.from_numpy(np.array(logit_rows, dtype=np.int64)).to(device),
             image_rows=torch.from_numpy(np.concatenate(image_rows)).to(device) if image_rows else None,
             image_embeds=torch.cat(image_embeds) if image_embeds else None,
         )
