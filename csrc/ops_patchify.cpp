@@ -105,8 +105,9 @@ py::tuple patchify(const py::array& rgb, int64_t out_h, int64_t out_w, int patch
                 out_w % (patch * merge) == 0,
             "the size must be positive multiples of patch_size * merge_size, up to 2**20");
     require(py::isinstance<py::array_t<float>>(lookup) && lookup.ndim() == 2 && lookup.shape(0) == 3 &&
-                lookup.shape(1) == 256 && (lookup.flags() & py::array::c_style),
-            "the lookup must be a C-contiguous float32 array [3, 256]");
+                lookup.shape(1) == 256 && (lookup.flags() & py::array::c_style) &&
+                reinterpret_cast<uintptr_t>(lookup.data()) % alignof(float) == 0,
+            "the lookup must be a C-contiguous, aligned float32 array [3, 256]");
 
     const py::ssize_t grid_h = out_h / patch, grid_w = out_w / patch;
     py::array_t<float> patches({grid_h * grid_w, py::ssize_t{3} * temporal * patch * patch});
