@@ -257,6 +257,8 @@ template <>
 struct type_caster<pagemill::Array> {
     PYBIND11_TYPE_CASTER(pagemill::Array, const_name("Array"));
 
+    type_caster() {}  // declared, so that pybind11's tuple of casters does not clear every byte of them first
+
     bool load(handle source, bool) {
         value.read(source);
         return true;
