@@ -10,8 +10,8 @@ namespace pagemill {
 // min(CPU affinity, cgroup quota) unless set.
 int num_threads();
 
-// n >= 1 threads from now on, the calling one included; waits for a running loop to end. Not from inside a loop:
-// throws std::runtime_error.
+// n >= 1 threads from now on, the calling one included; waits for a running loop to end. Throws std::runtime_error from inside
+// a loop that the pool runs.
 void set_num_threads(int n);
 
 using RangeFn = void (*)(void* context, int64_t begin, int64_t end);
