@@ -41,18 +41,19 @@ struct Versioned {  // of a "dltensor_versioned" capsule
 constexpr uint32_t kMajor = 1;
 constexpr uint64_t kReadOnly = 1;
 constexpr int32_t kCPU = 1;
-constexpr uint8_t kInt = 0, kFloat = 2, kBfloat = 4;
+constexpr uint8_t kInt = 0, kUInt = 1, kFloat = 2, kBfloat = 4;
 }  // namespace dlpack
 
-enum class DType { float32, bfloat16, int32, int64, other };
+enum class DType { float32, bfloat16, int8, uint8, int32, int64, other };
 
 inline int64_t size_of(DType dtype) {
     switch (dtype) {
+        case DType::float32: case DType::int32: return 4;
         case DType::bfloat16: return 2;
         case DType::int64: return 8;
-        case DType::other: return 1;
-        default: return 4;
+        case DType::int8: case DType::uint8: case DType::other: break;
     }
+    return 1;
 }
 
 struct Array {
@@ -104,6 +105,8 @@ inline const char* dtype_name(DType dtype) {
     switch (dtype) {
         case DType::float32: return "float32";
         case DType::bfloat16: return "bfloat16";
+        case DType::int8: return "int8";
+        case DType::uint8: return "uint8";
         case DType::int32: return "int32";
         case DType::int64: return "int64";
         default: return "another dtype";
@@ -172,6 +175,8 @@ inline DType dtype_of(dlpack::DataType d) {
     if (d.lanes != 1) return DType::other;
     if (d.code == dlpack::kFloat && d.bits == 32) return DType::float32;
     if (d.code == dlpack::kBfloat && d.bits == 16) return DType::bfloat16;
+    if (d.code == dlpack::kInt && d.bits == 8) return DType::int8;
+    if (d.code == dlpack::kUInt && d.bits == 8) return DType::uint8;
     if (d.code == dlpack::kInt && d.bits == 32) return DType::int32;
     if (d.code == dlpack::kInt && d.bits == 64) return DType::int64;
     return DType::other;

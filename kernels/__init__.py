@@ -1,7 +1,8 @@
 """Kernels: one op, one file, one contract; the implementation of each is chosen once, by `select`.
 
 Every op takes torch tensors of one compute dtype (float32 or bfloat16) on one device and accumulates in
-float32. A malformed argument raises ValueError naming it; nothing is converted or rerouted silently.
+float32. A malformed argument raises ValueError naming it; nothing is converted or rerouted silently. What a
+native op writes shares memory with no other argument. No other thread may write to an argument meanwhile.
 """
 
 from __future__ import annotations

@@ -64,7 +64,8 @@ def rotary_cache_reference(
 ) -> Tensor:
     """Rotate q and k of `qkv [T, (Hq + 2 Hk) D]`, write k and v into the cache, return q `[T, Hq, D]`.
 
-    Token t goes to the flat slot `slots[t] = block * block_size + offset` (int64 `[T]`); -1 writes nothing.
+    Token t goes to the flat slot `slots[t] = block * block_size + offset` (int64 `[T]`); -1 writes nothing, and
+    no other slot comes twice.
     The result is a view of `qkv`; what the rest of `qkv` holds afterwards is unspecified. ValueError for a
     slot out of range.
     """
