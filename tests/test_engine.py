@@ -460,9 +460,13 @@ def test_threads_are_set_for_the_native_kernels_too():
         _native.set_num_threads(before)
 
 
-def test_the_kv_budget_is_what_is_allocated():
-    with Engine.from_pretrained("pagemill-tiny", kv_cache_bytes=20_000_000) as engine:
-        allocated = sum(k.nbytes + v.nbytes for k, v in engine.core.runner.kv_cache)
+@pytest.mark.parametrize("dtype", ["auto", "int8"])
+def test_the_kv_budget_is_what_is_allocated(dtype):
+    options = dict(kv_cache_bytes=20_000_000, kv_cache_dtype=dtype)
+    with Engine.from_pretrained("pagemill-tiny", **options) as engine:
+        allocated = sum(
+            part.nbytes for layer in engine.core.runner.kv_cache for part in layer if part is not None
+        )
         assert 19_000_000 < allocated <= 20_000_000
 
 

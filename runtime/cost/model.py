@@ -495,7 +495,9 @@ def _run(count: int, stats: PageStats, places: int, room: int) -> list[_Stretch]
     end = decodes * math.exp(5 * sigma)  # hardly any page is longer
     for low, high in pairwise(end * (i / 200) ** 2 for i in range(201)) if decodes else ():
         share = left((low + high) / 2)
-        if runs := 1 - (1 - share) ** places:  # the chance that any page does
+        # The chance that any page does; exact for a share that is hardly any.
+        runs = 1.0 if share >= 1 else -math.expm1(places * math.log1p(-share))
+        if runs:
             emptying.append(_Stretch((high - low) * runs, places * share / runs))
     rest = count * decodes - made - sum(s.steps * s.rows for s in emptying)
     return [filling, *_full(count - places, max(rest, 0.0), prompt, places, room), *emptying]

@@ -732,7 +732,7 @@ def wrong_arrays(values: np.ndarray) -> list[Any]:
         values[None],
         values[0],
         values[..., :-1],
-        np.asfortranarray(np.broadcast_to(values[..., :1], values.shape)),
+        np.repeat(values, 2, -1)[..., ::2],
         values.astype(np.float64),
         values.astype(np.int8),
         values.astype(">f4"),
