@@ -86,16 +86,10 @@ def rotary_cache_reference(
 ) -> Tensor:
     """Rotate q and k of `qkv [T, (Hq + 2 Hk) D]`, write k and v into the cache, return q `[T, Hq, D]`.
 
-        Token t goes to the flat slot `slots[t] = block * block_size + offset` (int64 `[T]`); -1 writes nothing, and
-    <<<<<<< HEAD
-        no other slot comes twice. With `k_scale` and `v_scale` the caches are int8 and every key and value is quantised by itself,
-        symmetrically: scale = max |x| / 127, codes rounded to nearest even. The result is a view of `qkv`; what the rest of
-        `qkv` holds afterwards is unspecified. ValueError for a slot out of range.
-    =======
-        no other slot comes twice.
-        The result is a view of `qkv`; what the rest of `qkv` holds afterwards is unspecified. ValueError for a
-        slot out of range.
-    >>>>>>> safety
+    Token t goes to the flat slot `slots[t] = block * block_size + offset` (int64 `[T]`); -1 writes nothing, and
+    no other slot comes twice. With `k_scale` and `v_scale` the caches are int8 and every key and value is quantised by itself,
+    symmetrically: scale = max |x| / 127, codes rounded to nearest even. The result is a view of `qkv`; what the rest of
+    `qkv` holds afterwards is unspecified. ValueError for a slot out of range.
     """
     _check_cache(qkv, slots, k_cache, v_cache, num_heads, num_kv_heads, k_scale, v_scale)
     blocks, _, head_dim, block_size = k_cache.shape
