@@ -381,8 +381,8 @@ def report(data: dict[str, Any], fitted: dict[str, Efficiency], rows: list[dict[
         "",
         "The closed form knows how many pages a run has and their mean output, not each page's length: its batch fills, is",
         "full and empties as such pages do on average. That was derived after these runs were measured, nothing of it fitted;",
-        "it is held against the simulator at other lengths below. Taken for a full batch throughout, it held 21 of the 24 runs, with",
-        "a largest error of 22.7 %.",
+        "it is held against the simulator at other lengths below. Taken for a full batch throughout, it held 21 of the 24 runs,",
+        "with a largest error of 22.7 %.",
         "",
     ]
     for name, e in fitted.items():
