@@ -82,6 +82,15 @@ class Decoder:
 
             return weights.packed("+".join(names), make)
 
+        def gate_up(layer: int) -> PackedLinear:
+            names = [f"text.layers.{layer}.mlp.{n}_proj" for n in ("gate", "up")]
+
+            def make() -> PackedLinear:
+                gate, up = (weights.read(f"{n}.weight").to(device) for n in names)
+                return kernels.pack_swiglu(gate, up, None, scheme=scheme)
+
+            return weights.packed("+".join(names), make)
+
         self.embed_tokens = pack("text.embed_tokens", scheme=vocabulary_scheme)
         self.lm_head = self.embed_tokens
         if not config.tie_word_embeddings:
@@ -92,7 +101,7 @@ class Decoder:
                 qkv=linear(i, "self_attn.q", "self_attn.k", "self_attn.v", bias=True),
                 out=linear(i, "self_attn.o"),
                 mlp_norm=vector(f"layers.{i}.post_attention_layernorm.weight"),
-                gate_up=linear(i, "mlp.gate", "mlp.up"),
+                gate_up=gate_up(i),
                 down=linear(i, "mlp.down"),
             )
             for i in range(config.num_layers)
@@ -126,7 +135,7 @@ class Decoder:
             )
             y = k.linear(y.reshape(num_tokens, c.hidden_size), layer.out)
             y = k.add_rms_norm(y, residual, layer.mlp_norm, c.rms_norm_eps)
-            y = k.linear(k.swiglu(k.linear(y, layer.gate_up)), layer.down)
+            y = k.linear(k.linear_swiglu(y, layer.gate_up), layer.down)
         if len(batch.logit_rows) < num_tokens:  # else every row is wanted, as in a step that only decodes
             y, residual = y[batch.logit_rows], residual[batch.logit_rows]
         y = k.add_rms_norm(y, residual, self.norm, c.rms_norm_eps)

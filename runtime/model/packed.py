@@ -122,8 +122,10 @@ def _layout_digest(kernels: Kernels) -> str:
     digest = hashlib.sha256(kernels.implementations["linear"].encode())
     for (n, k), scheme in itertools.product(((70, 37), (128, 256)), get_args(Scheme)):
         numbers = (torch.arange(n * k, dtype=torch.float32) * 0.7).sin()
-        packed = kernels.pack_linear(numbers.view(n, k), numbers[:n], scheme=scheme)
-        for name, value in _parts(packed):
+        weight, bias = numbers.view(n, k), numbers[:n]
+        plain = kernels.pack_linear(weight, bias, scheme=scheme)
+        gated = kernels.pack_swiglu(weight[: n // 2], weight[n // 2 :], bias, scheme=scheme)
+        for name, value in (*_parts(plain), *_parts(gated)):
             shown = f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else repr(value)
             digest.update(f"{name} {shown}\0".encode())
             if isinstance(value, Tensor):

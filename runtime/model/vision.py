@@ -75,6 +75,16 @@ class VisionTower:
 
             return weights.packed("+".join(full), make)
 
+        def gate_up(block: int) -> PackedLinear:
+            names = [f"vision.blocks.{block}.mlp.{n}_proj" for n in ("gate", "up")]
+
+            def make() -> PackedLinear:
+                gate, up = (weights.read(f"{n}.weight").to(device) for n in names)
+                bias = torch.cat([weights.read(f"{n}.bias") for n in names]).to(device)
+                return kernels.pack_swiglu(gate, up, bias, scheme=scheme)
+
+            return weights.packed("+".join(names), make)
+
         self.patch_embed = linear("patch_embed.proj", bias=False, scheme="plain")
         self.blocks = [
             _Block(
@@ -82,7 +92,7 @@ class VisionTower:
                 qkv=linear(f"blocks.{i}.attn.qkv"),
                 proj=linear(f"blocks.{i}.attn.proj"),
                 norm2=vector(f"blocks.{i}.norm2.weight"),
-                gate_up=linear(f"blocks.{i}.mlp.gate_proj", f"blocks.{i}.mlp.up_proj"),
+                gate_up=gate_up(i),
                 down=linear(f"blocks.{i}.mlp.down_proj"),
             )
             for i in range(config.depth)
@@ -155,7 +165,7 @@ class VisionTower:
             y = k.varlen_attention(qkv[:, 0], qkv[:, 1], qkv[:, 2], offsets, scale)
             y = k.linear(y.reshape(len(x), c.hidden_size), block.proj)
             y = k.add_rms_norm(y, residual, block.norm2, _NORM_EPS)
-            y = k.linear(k.swiglu(k.linear(y, block.gate_up)), block.down)
+            y = k.linear(k.linear_swiglu(y, block.gate_up), block.down)
         y = k.add_rms_norm(y, residual, self.merger_norm, _NORM_EPS)
         y = y.view(len(x) // c.spatial_merge_size**2, -1)
         y = k.linear(k.gelu(k.linear(y, self.merger_in)), self.merger_out)
