@@ -135,7 +135,7 @@ def main() -> None:
     parser.add_argument(
         "--limit", type=float, default=3600, help="most seconds of one engine's process (default 3600)"
     )
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     result: dict[str, Any] = {"environment": environment.describe(), "runs": []}
     if args.output.exists():
         result = json.loads(args.output.read_text(encoding="utf-8"))
