@@ -12,6 +12,7 @@ namespace {
 
 constexpr auto kFloats = {DType::float32, DType::bfloat16};
 constexpr int64_t kMaxHeads = 1 << 20;
+constexpr int64_t kMaxMoments = 64;
 constexpr int64_t kGrain = 16384;  // elements of a chunk: some microseconds
 
 int64_t rows_of(int64_t width) { return std::max<int64_t>(1, kGrain / std::max<int64_t>(width, 1)); }
@@ -167,6 +168,9 @@ void mrope_angles(const Array& positions, const Array& axis, const Array& cos, c
     check(sin, "sin", {DType::float32}, {cos.shape[0], width});
     check(cos_out, "cos_out", {DType::float32}, {tokens, width});
     check(sin_out, "sin_out", {DType::float32}, {tokens, width});
+    check_written(cos_out, "cos_out", {{"positions", positions}, {"axis", axis}, {"cos", cos}, {"sin", sin}});
+    check_written(sin_out, "sin_out",
+                  {{"positions", positions}, {"axis", axis}, {"cos", cos}, {"sin", sin}, {"cos_out", cos_out}});
     const int64_t *position = positions.as<int64_t>(), *turns = axis.as<int64_t>();
     const auto require = [](const char* name, const int64_t* values, int64_t count, int64_t limit) {
         for (int64_t i = 0; i < count; ++i)
@@ -195,13 +199,16 @@ void pixel_values(const Array& patches, const Array& order, const Array& levels,
     const int64_t count = patches.shape[0], width = patches.shape[1];
     if (channels == 0 || width % channels)
         reject("patches", "columns that " + std::to_string(channels) + " channels share", std::to_string(width));
-    if (moments < 1) reject("moments", "a number >= 1", std::to_string(moments));
+    if (moments < 1 || moments > kMaxMoments)
+        reject("moments", "1.." + std::to_string(kMaxMoments), std::to_string(moments));
     check(order, "order", {DType::int64}, {kAny});
     const int64_t rows = order.shape[0];
     check(out, "out", {levels.dtype}, {rows, width * moments});
+    check_written(out, "out", {{"patches", patches}, {"order", order}, {"levels", levels}});
     for (int64_t i = 0; i < rows; ++i)
         if (const int64_t at = order.as<int64_t>()[i]; at < 0 || at >= count)
             reject("order", "0.." + std::to_string(count - 1), std::to_string(at));
+    if (out.size() == 0) return;
     by_type(levels, [&](auto* t) {
         using T = std::remove_pointer_t<decltype(t)>;
         const PixelArgs<T> args{patches.as<uint8_t>(), order.as<int64_t>(), levels.as<T>(), out.as<T>(),

@@ -83,21 +83,18 @@ void pack_panels(const Array& weight, int64_t first, const Array& panels) {
 
 // Where a linear layer's result goes, checked, and how its work is cut.
 template <class T>
-void set_out(LinearOut<T>& args, const Array& x, const Array& panels, const pybind11::object& bias, const Array& out,
-             bool add, bool gated) {
-    const int64_t count = panels.shape[0];
+void set_out(LinearOut<T>& args, const Array& x, int64_t count, const Array& bias, const Array& out, bool add, bool gated,
+             std::initializer_list<Named> inputs) {
     if (add) check(out, "residual", {x.dtype}, {x.shape[0], kAny}, Layout::rows);
     else check(out, "out", {x.dtype, DType::float32}, {x.shape[0], kAny});
     args.m = x.shape[0], args.n = out.shape[1], args.k = x.shape[1], args.gated = gated;
     if (ceil_div(args.n, gated ? kPanel / 2 : kPanel) != count)
         reject(add ? "residual" : "out", "columns that fill the panels", std::to_string(args.n));
-    if (args.k < 1) reject("x", "at least one column", std::to_string(args.k));
     if (add) args.residual = out.as<T>(), args.ldr = out.strides[0];
     else if (out.dtype == x.dtype) args.out = out.as<T>();
     else args.out_wide = out.as<float>();
-    const Array b = optional_array(bias);  // lives as long as `bias` does
-    if (!bias.is_none()) check(b, "bias", {DType::float32}, {count * kPanel}), args.bias = b.as<float>();
-    check_written(out, add ? "residual" : "out", {{"x", x}, {"panels", panels}, {"bias", b}});
+    if (bias.owner) check(bias, "bias", {DType::float32}, {count * kPanel}), args.bias = bias.as<float>();
+    check_written(out, add ? "residual" : "out", inputs);
     args.panels_count = count;
 }
 
@@ -121,12 +118,14 @@ void by_type(const Array& x, const F& f) {
 
 void linear(const Array& x, int64_t in_features, const Array& panels, const pybind11::object& bias, const Array& out,
             bool add, bool gated) {
+    if (in_features < 1) reject("in_features", "a number >= 1", std::to_string(in_features));
     const DType dtype = check_panels(panels, kAny, in_features);
     check(x, "x", {dtype}, {kAny, in_features}, Layout::rows);
+    const Array b = optional_array(bias);
     by_type(x, [&](auto* t) {
         using T = std::remove_pointer_t<decltype(t)>;
         LinearArgs<T> args{};
-        set_out(args, x, panels, bias, out, add, gated);
+        set_out(args, x, panels.shape[0], b, out, add, gated, {{"x", x}, {"panels", panels}, {"bias", b}});
         if (args.m == 0 || args.n == 0) return;
         args.x = x.as<T>(), args.ldx = x.strides[0];
         args.panels = panels.as<T>();
@@ -187,14 +186,15 @@ int64_t check_quantized(const Array& panels, const Array& scales, const Array* z
 void qlinear(const Array& x, int64_t in_features, const Array& panels, const Array& scales,
              const pybind11::object& zeros, int64_t group, const pybind11::object& bias, const Array& out, bool add,
              bool gated) {
-    const Array z = optional_array(zeros);
+    const Array z = optional_array(zeros), b = optional_array(bias);
     const Array* nibbles = zeros.is_none() ? nullptr : &z;
     check_quantized(panels, scales, nibbles, in_features, group);
     check(x, "x", {DType::float32, DType::bfloat16}, {kAny, in_features}, Layout::rows);
     by_type(x, [&](auto* t) {
         using T = std::remove_pointer_t<decltype(t)>;
         QLinearArgs<T> args{};
-        set_out(args, x, panels, bias, out, add, gated);
+        set_out(args, x, panels.shape[0], b, out, add, gated,
+                {{"x", x}, {"panels", panels}, {"scales", scales}, {"zeros", z}, {"bias", b}});
         if (args.m == 0 || args.n == 0) return;
         args.panels = panels.as<uint8_t>(), args.scales = scales.as<float>();
         if (nibbles) args.zeros = z.as<uint8_t>();
