@@ -254,8 +254,8 @@ void gather(const Array& ids, const Array& panels, const Array& out) {
     });
 }
 
+// Once every shape fits: an id is read only where `out` has a row for it.
 void check_ids(const Array& ids, int64_t n) {
-    check(ids, "ids", {DType::int64}, {kAny});
     if (n < 0) reject("n", "a number >= 0", std::to_string(n));
     for (int64_t t = 0; t < ids.shape[0]; ++t) {
         const int64_t id = ids.as<int64_t>()[t];
@@ -264,22 +264,24 @@ void check_ids(const Array& ids, int64_t n) {
 }
 
 void embed(const Array& ids, const Array& panels, int64_t n, const Array& out) {
-    check_ids(ids, n);
+    check(ids, "ids", {DType::int64}, {kAny});
     check(out, "out", {panels.dtype}, {ids.shape[0], kAny});
     const DType dtype = check_panels(panels, ceil_div(n, kPanel), out.shape[1]);
     check_written(out, "out", {{"ids", ids}, {"panels", panels}});
+    check_ids(ids, n);
     if (dtype == DType::float32) gather<float>(ids, panels, out);
     else gather<bf16>(ids, panels, out);
 }
 
 // Rows of a matrix of bytes, as they are multiplied with: (w - 128) * scale.
 void embed_int8(const Array& ids, const Array& panels, const Array& scales, int64_t n, const Array& out) {
-    check_ids(ids, n);
+    check(ids, "ids", {DType::int64}, {kAny});
     check(out, "out", {DType::float32, DType::bfloat16}, {ids.shape[0], kAny});
     check_written(out, "out", {{"ids", ids}, {"panels", panels}, {"scales", scales}});
     const int64_t tokens = out.shape[0], k = out.shape[1];
     if (check_quantized(panels, scales, nullptr, k, 0) != ceil_div(n, kPanel))
         reject("panels", std::to_string(ceil_div(n, kPanel)) + " panels", std::to_string(panels.shape[0]));
+    check_ids(ids, n);
     const int64_t* id = ids.as<int64_t>();
     by_type(out, [&](auto* t) {
         using T = std::remove_pointer_t<decltype(t)>;
