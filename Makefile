@@ -2,6 +2,7 @@
 # make test    lint, types, layers, and the tests
 # make lint    the same without the tests
 # make bench   page preparation, scheduling, pages/s, and pages/s against transformers, on this machine
+# make sanitize the thread pool under ThreadSanitizer, the kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer
 # make kernels every kernel as a fraction of this machine's limit
 # make clean   remove everything that was built
 
@@ -10,7 +11,7 @@ PY := .venv/bin/python
 INSTALLED := build/.installed
 SAMPLES := bench/pages/*.png bench/pages/*.pdf
 
-.PHONY: demo test lint bench kernels clean FORCE
+.PHONY: demo test lint bench kernels sanitize clean FORCE
 
 demo: $(INSTALLED)
 	@mkdir -p out
@@ -37,6 +38,35 @@ kernels: $(INSTALLED)
 	@mkdir -p out
 	$(PY) -m pytest bench/kernels --benchmark-json=out/kernels.json
 	$(PY) bench/compare_kernels.py out/kernels.json
+
+# The checked module stands in build/sanitize/, beside links to the package, and is found there before the installed one.
+# Of ThreadSanitizer's options, die_after_fork=0 lets a child have threads, which is what the test is about. Leaks are not
+# looked for: the interpreter and torch leave memory to the end of the process. What a sanitizer says goes by pytest's capture.
+SANITIZE := build/sanitize
+CHECKED := $(SANITIZE)/pagemill/_native.so
+CHECKED_FLAGS := -std=c++17 -O1 -g -fno-omit-frame-pointer -ffp-contract=off -fPIC -pthread -Wall -Wextra
+PRELOAD := $(foreach name,libasan.so libubsan.so libstdc++.so,$(shell $(CXX) -print-file-name=$(name)))
+
+sanitize: $(SANITIZE)/threads $(CHECKED)
+	TSAN_OPTIONS=halt_on_error=1:die_after_fork=0 $(SANITIZE)/threads
+	LD_PRELOAD="$(PRELOAD)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$(SANITIZE) \
+		$(PY) -m pytest tests/kernels -p no:faulthandler --capture=sys
+
+$(SANITIZE)/threads: tests/native/test_threads.cpp csrc/threads.cpp csrc/threads.h
+	@mkdir -p $(@D)
+	$(CXX) $(CHECKED_FLAGS) -fsanitize=thread -Icsrc -o $@ $(filter %.cpp,$^)
+
+$(CHECKED): $(patsubst csrc/%.cpp,$(SANITIZE)/%.o,$(wildcard csrc/*.cpp)) build/.files
+	@mkdir -p $(@D)
+	@find $(@D) -type l -delete
+	@ln -s $(filter-out %.so,$(abspath $(wildcard runtime/*))) $(abspath kernels) $(@D)
+	$(CXX) -shared -pthread -fsanitize=address,undefined -o $@ $(filter %.o,$^)
+
+$(SANITIZE)/%.o: csrc/%.cpp | $(INSTALLED)
+	@mkdir -p $(@D)
+	$(CXX) $(CHECKED_FLAGS) -fsanitize=address,undefined -fno-sanitize-recover=all -fvisibility=hidden \
+		$$($(PY) -m pybind11 --includes) -MMD -c -o $@ $<
+-include $(wildcard $(SANITIZE)/*.d)
 
 clean:
 	rm -rf .venv build dist out *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis

@@ -100,6 +100,7 @@ def measure(dtype: str, args: argparse.Namespace) -> dict[str, Any]:
             args.checkpoint,
             dtype=dtype,
             kernels=args.kernels,
+            weight_cache=args.weight_cache,
             num_threads=args.threads,
             max_num_seqs=args.concurrency,
             kv_cache_bytes=args.kv_cache_mb << 20,
@@ -141,7 +142,7 @@ def show(result: dict[str, Any], args: argparse.Namespace) -> None:
     peak, after = result["peak_of_load"], result["after_load"]
     print(f"\n{result['dtype']}")
     print(f"  weights            {result['weight_bytes'] / _GB:.2f} GB in this dtype")
-    print(f"  load               {result['load_seconds']:.1f} s")
+    print(f"  load               {result['load_seconds']:.1f} s; weights {result['engine']['weights']}")
     print(
         f"  peak of loading    {peak['VmHWM'] / _GB:.2f} GB, {result['peak_ratio']:.3f} of the weights "
         f"({result['peak_ratio_without_interpreter']:.3f} without the {result['before_load']['VmRSS'] / _GB:.2f} GB before it); "
@@ -170,6 +171,12 @@ def main() -> None:
     parser.add_argument("--checkpoint", required=True, help="folder written by make_checkpoint.py")
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], nargs="+", default=["bfloat16"])
     parser.add_argument("--kernels", choices=["auto", "reference", "native", "triton"], default="auto")
+    parser.add_argument(
+        "--weight-cache",
+        choices=["auto", "on", "off"],
+        default="off",
+        help="keep the packed weights, and map them in the next run (default off: pack)",
+    )
     parser.add_argument("--pages", type=int, default=2, help="0 only loads (default 2)")
     parser.add_argument(
         "--concurrency", type=int, default=1, help="pages at a time (default 1: clean stages)"

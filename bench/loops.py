@@ -185,7 +185,7 @@ def main() -> None:
     args = parser.parse_args()
     rows, tiny = load(), tokenizer()
     pieces = token_pieces(tiny, 2048)
-    where = "\n".join(f"{name}: {value}  " for name, value in environment.describe("tokenizers").items())
+    where = "  \n".join(environment.lines(environment.describe("tokenizers")))
     text = f"# Loop detection\n\n{where}\n\n{NOTES}\n{report(rows, pieces)}\n{timing(rows, pieces)}"
     print(text)
     if args.write:

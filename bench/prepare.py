@@ -71,7 +71,6 @@ def make_stages(folder: Path) -> dict[str, tuple[Callable[[], object], int]]:
     picture.save(folder / "scan.pdf", resolution=200.0, quality=85)
     processor = ImageProcessor(max_pixels=MAX_PIXELS)
     height, width = smart_resize(rgb.shape[0], rgb.shape[1], max_pixels=MAX_PIXELS)
-    mean, std = processor.image_mean, processor.image_std
     digital = SAMPLES / "digital_3p.pdf"
     digital_dpi = 72.0 * A4_AT_200_DPI[1] / load_page(PageRef(str(digital), 1), 72.0).shape[0]
 
@@ -80,12 +79,12 @@ def make_stages(folder: Path) -> dict[str, tuple[Callable[[], object], int]]:
 
     stages: dict[str, tuple[Callable[[], object], int]] = {
         f"patchify to {width}x{height}, native": (
-            lambda: patchify(rgb, height, width, mean=mean, std=std),
+            lambda: patchify(rgb, height, width),
             16,
         ),
         "patchify and content hash": (lambda: processor.prepare(rgb), 16),
         "patchify, reference": (
-            lambda: patchify(rgb, height, width, mean=mean, std=std, kernel="reference"),
+            lambda: patchify(rgb, height, width, kernel="reference"),
             3,
         ),
         "Hugging Face PIL image processor": (hugging_face(picture), 3),

@@ -29,7 +29,9 @@ def sequence(i: int, prompt: int, image: int, output: int) -> Sequence:
     params = SamplingParams()
     return Sequence(
         id=i, token_ids=[7] * prompt, num_prompt=prompt,
-        images=[SequenceImage(4, image, (1, 2, 2 * image), i.to_bytes(16, "little"), np.empty((0, 0), np.float32))],
+        images=[SequenceImage(
+                4, image, (1, 2, 2 * image), i.to_bytes(16, "little"), np.empty((3, 0), np.float32), np.empty((0, 0), np.uint8)
+            )],
         positions=np.zeros((3, prompt), np.int32), position_delta=0, params=params, max_tokens=prompt + output,
         stop_ids=frozenset({1, 2}), control=Control(params),
     )  # fmt: skip

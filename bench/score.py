@@ -119,6 +119,7 @@ def main() -> None:
     parser.add_argument("--model", default="pagemill-tiny")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--kernels", choices=["auto", "reference", "native", "triton"], default="auto")
+    parser.add_argument("--kv-cache-dtype", choices=["auto", "int8"], default="auto")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--max-new-tokens", type=int, default=768)
     parser.add_argument(
@@ -130,9 +131,8 @@ def main() -> None:
     where = environment.describe("rapidfuzz")
     files = [str(environment.PAGES / truth.name) for truth in read_truths(TRUTH)]
     readings: list[Reading] = []
-    with Engine.from_pretrained(
-        args.model, device=args.device, dtype=args.dtype, kernels=args.kernels
-    ) as engine:
+    options = {name: getattr(args, name) for name in ("device", "dtype", "kernels", "kv_cache_dtype")}
+    with Engine.from_pretrained(args.model, **options) as engine:
         description = engine.describe()
         started = time.perf_counter()
         params = SamplingParams(max_new_tokens=args.max_new_tokens)
@@ -153,7 +153,8 @@ def main() -> None:
     reference = {way: by_group(reference_scores, way) for way in WAYS}
     environment.show(where)
     print(
-        f"model: {args.model}, {description['dtype']}, {description['device']}, greedy, "
+        f"model: {args.model}, {description['dtype']}, KV {description['kv_cache_dtype']}, "
+        f"{description['device']}, greedy, "
         f"at most {args.max_new_tokens} new tokens"
     )
     print(f"read {len(files)} pages in {seconds:.1f} s")

@@ -1,196 +1,78 @@
-// Softmax attention of one kv head (online softmax, Milakov & Gimelshein 2018; tiles as in FlashAttention, Dao et
-// al. 2022). Keys are taken in tiles at fixed absolute positions and a masked key adds exactly nothing, so that a
-// query's bits depend neither on the other queries of its tile, nor on chunking, nor on where blocks lie.
+// Attention of one item: tiles of keys, gathered in ranges of kAttentionRange keys at fixed absolute positions. A range begins
+// afresh, and ranges are joined in their order (by log-sum-exp, as in FlashDecoding), whether one thread computed them
+// or many: the bits are the same.
 
-constexpr int kKeys = 64;                  // of a tile
-constexpr int kMaxBlocks = 256 / kColumns;  // column blocks of a tile of scores, or of head_dim <= 256
-static_assert(kKeys / kColumns <= kMaxBlocks);
+#if defined(PM_AVX512BF16)
+template <class T, class C> struct TileOf { typedef FloatTile<T, C> Type; };
+template <class C> struct TileOf<bf16, C> { typedef WordTile<C> Type; };
+#else
+template <class T, class C> struct TileOf { typedef FloatTile<T, C> Type; };
+#endif
 
-// dst[i] = float(src[i])
-template <class T>
-PM_INLINE void copy(float* dst, const T* src, int64_t n) {
-    sweep(n, [&](int64_t i, int64_t count) { put(dst + i, take(src + i, count), count); });
-}
+// Where a joined row keeps its maximum and its sum of weights; the outputs lie before them.
+constexpr int kMaximum = -16, kTotal = -15;
 
-PM_INLINE void clear(float* dst, int64_t n) {
-    if (n > 0) memset(dst, 0, n * sizeof(float));
-}
-
-// In place: rows[i] lane j <-> rows[j] lane i.
-PM_INLINE void transpose(V* rows) {
-#pragma GCC unroll 4
-    for (int s = 1; s < W; s *= 2) {
-        I low, high;  // of a pair of rows s apart, exchange the off-diagonal s x s squares
-        for (int i = 0; i < W; ++i) {
-            low[i] = i & s ? W + i - s : i;
-            high[i] = i & s ? W + i : i + s;
-        }
-#pragma GCC unroll 16
-        for (int i = 0; i < W; ++i) {
-            if (i & s) continue;
-            const V a = rows[i], b = rows[i + s];
-            rows[i] = __builtin_shuffle(a, b, low);
-            rows[i + s] = __builtin_shuffle(a, b, high);
-        }
+// Joins a range into a row that has seen those before it; `unit` is that of the maxima.
+PM_INLINE void join(float* row, int64_t stride, bool is_first, const float* out, int64_t d, float maximum, float total,
+                    float unit) {
+    float* end = row + stride;
+    if (is_first) {
+        memcpy(row, out, d * sizeof(float));
+        end[kMaximum] = maximum, end[kTotal] = total;
+        return;
     }
+    const float top = maximum > end[kMaximum] ? maximum : end[kMaximum];
+    const float keep = exp(splat((end[kMaximum] - top) * unit))[0], add = exp(splat((maximum - top) * unit))[0];
+    sweep(d, [&](int64_t i, int64_t n) { put(row + i, fma(take(out + i, n), splat(add), take(row + i, n) * keep), n); });
+    end[kMaximum] = top, end[kTotal] = end[kTotal] * keep + total * add;
 }
 
-// kt[d][kKeys] and vt[count][ldv] of keys first..first+count-1; lanes of kt past count are zero, columns of vt past d too.
-template <class T>
-PM_KERNEL void stage_paged(const AttentionArgs<T>& p, int64_t first, int64_t count, float* kt, float* vt, int64_t ldv) {
-    for (int64_t j = 0; j < count;) {
-        const int64_t offset = (first + j) % p.block_size;
-        const int64_t run = p.block_size - offset < count - j ? p.block_size - offset : count - j;
-        const int64_t base = p.blocks[(first + j) / p.block_size] * p.block_stride;
-        const T* k = p.k + base + offset;
-        for (int64_t i = 0; i < p.d; ++i) copy(kt + i * kKeys + j, k + i * p.block_size, run);
-        const T* v = p.v + base + offset * p.d;
-        for (int64_t i = 0; i < run; ++i) {
-            copy(vt + (j + i) * ldv, v + i * p.d, p.d);
-            clear(vt + (j + i) * ldv + p.d, ldv - p.d);
-        }
-        j += run;
-    }
-    if (count < kKeys)
-        for (int64_t i = 0; i < p.d; ++i) clear(kt + i * kKeys + count, kKeys - count);
+template <class T, class C>
+PM_INLINE void finish(const AttentionArgs<T, C>& p, int64_t row, const float* out, float total) {
+    T* to = p.out + row / p.group * p.out_token + row % p.group * p.out_head;
+    const V norm = splat(1.0f / total);
+    sweep(p.d, [&](int64_t i, int64_t n) { put(to + i, take(out + i, n) * norm, n); });
 }
 
-template <class T>
-PM_KERNEL void stage_packed(const AttentionArgs<T>& p, int64_t first, int64_t count, float* kt, float* vt, int64_t ldv) {
-    for (int64_t j = 0; j < kKeys; j += W) {
-        for (int64_t i = 0; i < p.d; i += W) {
-            const int64_t width = p.d - i < W ? p.d - i : W;
-            V rows[W];
-            for (int r = 0; r < W; ++r) rows[r] = j + r < count ? take(p.k + (first + j + r) * p.k_key + i, width) : V{};
-            transpose(rows);
-            for (int r = 0; r < width; ++r) store(kt + (i + r) * kKeys + j, rows[r]);
-        }
+template <class T, class C>
+PM_KERNEL void attention(const AttentionArgs<T, C>& p, const AttentionArgs<T, C>* next) {
+    typename TileOf<T, C>::Type t;
+    const int64_t rows = p.tokens * p.group, stride = attention_partial(p.d);
+    const bool alone = !p.partial && p.keys <= kAttentionRange;
+    const int64_t working = (t.floats(p) + 15) / 16 * 16;
+    float* memory = scratch(working + (alone || p.partial ? 0 : rows * stride));
+    float* joined = p.partial ? p.partial : memory + working;
+    t.begin(p, next, memory);
+    for (int64_t start = p.first_key; start < p.keys; start += kAttentionRange) {
+        const int64_t end = start + kAttentionRange < p.keys ? start + kAttentionRange : p.keys;
+        clear(t.out, rows * t.ldv);
+        clear(t.lanes, rows * W);
+        for (int64_t r = 0; r < rows; ++r) t.maxima[r] = -std::numeric_limits<float>::infinity();
+        for (int64_t first = start; first < end; first += kKeys) t.tile(p, first, end - first < kKeys ? end - first : kKeys);
+        if (alone) break;
+        for (int64_t r = first_row(p, start); r < rows; ++r)
+            join(joined + r * stride, stride, p.partial || start == 0, t.out + r * t.ldv, p.d, t.maxima[r],
+                 sum(load(t.lanes + r * W)), t.kUnit);
     }
-    for (int64_t j = 0; j < count; ++j) {
-        copy(vt + j * ldv, p.v + (first + j) * p.v_key, p.d);
-        clear(vt + j * ldv + p.d, ldv - p.d);
-    }
-}
-
-// Whether a full tile can be read where it lies in the cache: float32, and no column block of keys or values is cut.
-template <class T>
-PM_INLINE bool reads_in_place(const AttentionArgs<T>& p) {
-    return sizeof(T) == 4 && p.blocks && p.block_size % kColumns == 0 && p.d % kColumns == 0;
-}
-PM_INLINE const float* keys_at(const AttentionArgs<float>& p, int64_t key) {
-    return p.k + p.blocks[key / p.block_size] * p.block_stride + key % p.block_size;
-}
-PM_INLINE const float* values_at(const AttentionArgs<float>& p, int64_t key) {
-    return p.v + p.blocks[key / p.block_size] * p.block_stride + key % p.block_size * p.d;
-}
-PM_INLINE const float* keys_at(const AttentionArgs<bf16>&, int64_t) { return nullptr; }
-PM_INLINE const float* values_at(const AttentionArgs<bf16>&, int64_t) { return nullptr; }
-
-// Asks for the blocks of the tile at key `first`. They lie scattered, and the machine's own prefetching stops at each
-// one's end; it hides more of the wait where few rows use what is fetched.
-template <class T>
-PM_INLINE void prefetch_paged(const AttentionArgs<T>& p, int64_t first) {
-    const int64_t end = first + kKeys < p.keys ? first + kKeys : p.keys;
-    const int64_t bytes = p.d * p.block_size * static_cast<int64_t>(sizeof(T));
-    for (int64_t key = first; key < end; key += p.block_size) {
-        const int64_t base = p.blocks[key / p.block_size] * p.block_stride;
-        const char* k = reinterpret_cast<const char*>(p.k + base);
-        const char* v = reinterpret_cast<const char*>(p.v + base);
-        for (int64_t i = 0; i < bytes; i += 64) {
-            __builtin_prefetch(k + i, 0, 2);
-            __builtin_prefetch(v + i, 0, 2);
-        }
-    }
-}
-
-// One tile of scores for one row: s becomes the weights, the running maximum and lane sums move on, the output so
-// far is rescaled. `valid` >= 1 keys of `width` columns are visible.
-PM_INLINE void soften(float* s, int64_t valid, int64_t width, float& maximum, float* lanes, float* out, int64_t ldv) {
-    const float inf = std::numeric_limits<float>::infinity();
-    const I lane = iota();
-    V best = splat(maximum);
-    for (int64_t j = 0; j < width; j += W) {
-        V v = load(s + j);
-        if (valid - j < W) {
-            v = lane < static_cast<int32_t>(valid - j) ? v : splat(-inf);
-            store(s + j, v);
-        }
-        best = max(v, best);
-    }
-    const float top = highest(best);
-    V total = {};
-    for (int64_t j = 0; j < width; j += W) {
-        const V weight = exp(load(s + j) - top);
-        store(s + j, weight);
-        total += weight;
-    }
-    if (top != maximum) {
-        const float rescale = exp(splat(maximum - top))[0];
-        store(lanes, load(lanes) * rescale + total);
-        for (int64_t i = 0; i < ldv; i += W) store(out + i, load(out + i) * rescale);
-        maximum = top;
-    } else {
-        store(lanes, load(lanes) + total);
-    }
-}
-
-template <class T>
-PM_KERNEL void attention(const AttentionArgs<T>& p) {
-    const int64_t rows = p.tokens * p.group;
-    const int64_t ldv = (p.d + kColumns - 1) / kColumns * kColumns;
-    float* q = scratch(rows * (2 * kAStride + ldv + W + 1) + kKeys * (p.d + ldv));
-    float* s = q + rows * kAStride;
-    float* kt = s + rows * kAStride;
-    float* vt = kt + p.d * kKeys;
-    float* out = vt + kKeys * ldv;
-    float* lanes = out + rows * ldv;
-    float* maxima = lanes + rows * W;
+    if (p.partial) return;
     for (int64_t r = 0; r < rows; ++r) {
-        const T* from = p.q + r / p.group * p.q_token + r % p.group * p.q_head;
-        sweep(p.d, [&](int64_t i, int64_t n) { put(q + r * kAStride + i, take(from + i, n) * p.scale, n); });
-        maxima[r] = -std::numeric_limits<float>::infinity();
+        if (alone) finish(p, r, t.out + r * t.ldv, sum(load(t.lanes + r * W)));
+        else finish(p, r, joined + r * stride, joined[(r + 1) * stride + kTotal]);
     }
-    clear(out, rows * ldv);
-    clear(lanes, rows * W);
-    const bool fits = reads_in_place(p);
+}
 
-    for (int64_t first = 0; first < p.keys; first += kKeys) {
-        const int64_t count = p.keys - first < kKeys ? p.keys - first : kKeys;
-        const bool in_place = fits && count == kKeys;
-        if (p.blocks && p.block_size <= kKeys) prefetch_paged(p, first + kKeys);
-        if (!in_place) {
-            if (p.blocks) stage_paged(p, first, count, kt, vt, ldv);
-            else stage_packed(p, first, count, kt, vt, ldv);
-        }
-        // Query token i sees causal_first + i keys: the tokens before `begin` see none of this tile.
-        int64_t begin = 0;
-        if (p.causal && first >= p.causal_first) begin = (first - p.causal_first + 1) * p.group;
-        const int64_t left = rows - begin;
-        float* sb = s + begin * kAStride;
-        const int blocks = static_cast<int>((count + kColumns - 1) / kColumns);
-        const float* at[kMaxBlocks];
-        for (int j = 0; j < blocks; ++j) at[j] = in_place ? keys_at(p, first + j * kColumns) : kt + j * kColumns;
-        gemm<Single>(left, q + begin * kAStride, at, blocks, in_place ? p.block_size : kKeys, p.d, sb, kAStride, false);
-        for (int64_t r = begin; r < rows; ++r) {
-            const int64_t visible = (p.causal ? p.causal_first + r / p.group : p.keys) - first;
-            soften(s + r * kAStride, visible < count ? visible : count, blocks * kColumns, maxima[r], lanes + r * W,
-                   out + r * ldv, ldv);
-        }
-        // Values of consecutive keys lie together as far as their block goes, or all of them where they were staged.
-        for (int64_t j = 0, run; j < count; j += run) {
-            run = count - j;
-            if (in_place) {
-                const int64_t rest = p.block_size - (first + j) % p.block_size;
-                run = rest < run ? rest : run;
-            }
-            const float* values = in_place ? values_at(p, first + j) : vt;
-            for (int i = 0; i < ldv / kColumns; ++i) at[i] = values + i * kColumns;
-            gemm<Single>(left, sb + j, at, static_cast<int>(ldv / kColumns), ldv, run, out + begin * ldv, ldv, true);
-        }
-    }
+// The rows of an item whose ranges were computed apart, [range][row] from p.partial on.
+template <class T, class C>
+PM_KERNEL void join_ranges(const AttentionArgs<T, C>& p) {
+    const int64_t rows = p.tokens * p.group, stride = attention_partial(p.d);
     for (int64_t r = 0; r < rows; ++r) {
-        T* to = p.out + r / p.group * p.out_token + r % p.group * p.out_head;
-        const V norm = splat(1.0f / sum(load(lanes + r * W)));
-        sweep(p.d, [&](int64_t i, int64_t n) { put(to + i, load(out + r * ldv + i) * norm, n); });
+        float* row = p.partial + r * stride;
+        const float* part = row;
+        for (int64_t start = kAttentionRange; start < visible(p, r); start += kAttentionRange) {
+            part += rows * stride;
+            join(row, stride, false, part, p.d, part[stride + kMaximum], part[stride + kTotal],
+                 TileOf<T, C>::Type::kUnit);
+        }
+        finish(p, r, row, row[stride + kTotal]);
     }
 }

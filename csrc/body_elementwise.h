@@ -7,18 +7,36 @@ template <class T>
 PM_KERNEL void rms_norm(const NormArgs<T>& p, int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
         const T* x = p.x + row * p.ldx;
-        if (p.residual) {
-            T* residual = p.residual + row * p.ldr;
-            sweep(p.h, [&](int64_t i, int64_t n) { put(residual + i, take(residual + i, n) + take(x + i, n), n); });
-            x = residual;
+        T* residual = p.residual ? p.residual + row * p.ldr : nullptr;
+        const auto value = [&](int64_t i, int64_t n) {
+            V v = take(x + i, n);
+            if (residual) {
+                v = round_to(T{}, take(residual + i, n) + v);
+                put(residual + i, v, n);
+            }
+            return v;
+        };
+        V even = {}, odd = {};  // of the squares of every other W elements
+        int64_t i = 0;
+        for (; i + 2 * W <= p.h; i += 2 * W) {
+            const V first = value(i, W), second = value(i + W, W);
+            even = fma(first, first, even);
+            odd = fma(second, second, odd);
         }
-        V squares[2] = {};
-        sweep(p.h, [&](int64_t i, int64_t n) {
-            const V v = take(x + i, n);
-            V& into = squares[i / W % 2];
-            into = fma(v, v, into);
-        });
-        const V scale = splat(1.0f / sqrtf(sum(squares[0] + squares[1]) / static_cast<float>(p.h) + p.eps));
+        if (i + W <= p.h) {
+            const V v = value(i, W);
+            even = fma(v, v, even);
+            i += W;
+            if (i < p.h) {
+                const V last = value(i, p.h - i);
+                odd = fma(last, last, odd);
+            }
+        } else if (i < p.h) {
+            const V last = value(i, p.h - i);
+            even = fma(last, last, even);
+        }
+        if (residual) x = residual;
+        const V scale = splat(1.0f / sqrtf(sum(even + odd) / static_cast<float>(p.h) + p.eps));
         T* out = p.out + row * p.h;
         sweep(p.h, [&](int64_t i, int64_t n) {
             put(out + i, take(p.weight + i, n) * round_to(T{}, take(x + i, n) * scale), n);
@@ -60,6 +78,20 @@ PM_KERNEL void gelu(const T* x, T* out, int64_t begin, int64_t end) {
     });
 }
 
+// codes[i] = round(x[i] / scale) with scale = max |x| / 127: symmetric, from this vector alone. Returns the scale.
+template <class T>
+PM_INLINE float quantise(const T* x, int64_t n, int8_t* codes) {
+    V most = {};
+    sweep(n, [&](int64_t i, int64_t count) {
+        const V v = take(x + i, count);
+        most = max(v < 0.0f ? -v : v, most);
+    });
+    const float top = highest(most);
+    const V inverse = splat(top > 1e-30f ? 127.0f / top : 0.0f);
+    sweep(n, [&](int64_t i, int64_t count) { put(codes + i, take(x + i, count) * inverse, count); });
+    return top > 1e-30f ? top / 127.0f : 0.0f;
+}
+
 template <class T>
 PM_KERNEL void rotary(const RotaryArgs<T>& p, int64_t begin, int64_t end) {
     const int64_t half = p.d / 2;
@@ -81,8 +113,30 @@ PM_KERNEL void rotary(const RotaryArgs<T>& p, int64_t begin, int64_t end) {
             const T* k = token + (p.heads + h) * p.head_stride;
             const T* v = k + p.kv_heads * p.head_stride;
             const int64_t base = (block * p.kv_heads + h) * p.d * p.block_size;
+            if (p.k_codes) {
+                const int64_t at = (block * p.kv_heads + h) * p.block_size + offset;
+                int8_t codes[256];
+                p.k_scale[at] = quantise(k, p.d, codes);
+                for (int64_t i = 0; i < p.d; ++i) p.k_codes[base + i * p.block_size + offset] = codes[i];
+                p.v_scale[at] = quantise(v, p.d, p.v_codes + base + offset * p.d);
+                continue;
+            }
             for (int64_t i = 0; i < p.d; ++i) p.k_cache[base + i * p.block_size + offset] = k[i];
             memcpy(p.v_cache + base + offset * p.d, v, p.d * sizeof(T));
+        }
+    }
+}
+
+template <class T>
+PM_KERNEL void pixel_values(const PixelArgs<T>& p, int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+        const uint8_t* from = p.patches + p.order[row] * p.channels * p.area;
+        T* to = p.out + row * p.channels * p.moments * p.area;
+        for (int64_t c = 0; c < p.channels; ++c, from += p.area, to += p.moments * p.area) {
+            const T* levels = p.levels + c * 256;
+            for (int64_t i = 0; i < p.area; ++i) to[i] = levels[from[i]];
+            // A still page is the same at every moment.
+            for (int64_t t = 1; t < p.moments; ++t) memcpy(to + t * p.area, to, p.area * sizeof(T));
         }
     }
 }

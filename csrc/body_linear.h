@@ -14,6 +14,37 @@ PM_INLINE void stage_row(float* dst, const bf16* x, int64_t n) {
     if (n % 2) dst[n] = 0;
 }
 
+// Where rows of sums go: y, `width` columns of it from a panel's first one on, for rows first_row, first_row + 1, ...
+template <class T>
+PM_INLINE void finish(const LinearOut<T>& p, const float* sums, int64_t width, int64_t first_row, int64_t rows,
+                      int64_t column) {
+    for (int64_t r = 0; r < rows; ++r, sums += width) {
+        const int64_t row = first_row + r;
+        const auto emit = [&](int64_t i, V y, int64_t count) {
+            if (p.out) put(p.out + row * p.n + i, y, count);
+            else if (p.out_wide) put(p.out_wide + row * p.n + i, y, count);
+            else put(p.residual + row * p.ldr + i, take(p.residual + row * p.ldr + i, count) + y, count);
+        };
+        if (!p.gated) {
+            sweep(p.n - column < width ? p.n - column : width, [&](int64_t i, int64_t count) {
+                V y = load(sums + i);
+                if (p.bias) y += load(p.bias + column + i);
+                emit(column + i, y, count);
+            });
+            continue;
+        }
+        constexpr int64_t kHalf = kPanel / 2;
+        for (int64_t from = 0; from < width; from += kPanel) {
+            const int64_t to = (column + from) / 2, left = p.n - to;
+            sweep(left < kHalf ? left : kHalf, [&](int64_t i, int64_t count) {
+                V gate = load(sums + from + i), up = load(sums + from + kHalf + i);
+                if (p.bias) gate += load(p.bias + column + from + i), up += load(p.bias + column + from + kHalf + i);
+                emit(to + i, gate / (1.0f + exp(-gate)) * up, count);
+            });
+        }
+    }
+}
+
 template <class T>
 PM_KERNEL void linear_item(const LinearArgs<T>& p, int64_t item) {
     typedef decltype(step_of(T{})) P;
@@ -43,16 +74,7 @@ PM_KERNEL void linear_item(const LinearArgs<T>& p, int64_t item) {
         }
     }
 
-    const int64_t column = first_panel * kPanel, columns = p.n - column < width ? p.n - column : width;
-    for (int64_t r = 0; r < rows; ++r) {
-        const int64_t to = (first_row + r) * p.n + column;
-        sweep(columns, [&](int64_t i, int64_t count) {
-            V y = load(sums + r * width + i);
-            if (p.bias) y += load(p.bias + column + i);
-            if (p.out) put(p.out + to + i, y, count);
-            else put(p.out_wide + to + i, y, count);
-        });
-    }
+    finish(p, sums, width, first_row, rows, first_panel * kPanel);
 }
 
 template <class T>

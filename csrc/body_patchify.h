@@ -1,6 +1,6 @@
 // A page to patches: bicubic resize of 8-bit RGB rows, bit for bit as Pillow's Image.resize(BICUBIC) (fixed-point
 // coefficients, two passes, rounded and clipped to 8 bits between them; Pillow 13, src/libImaging/Resample.c, the
-// *_8bpc functions), then values and patch order.
+// *_8bpc functions), then patch order.
 
 typedef uint8_t Bytes __attribute__((vector_size(16)));
 
@@ -124,15 +124,10 @@ PM_INLINE void emit_patches(const PatchifyArgs& p, int grid_y, const uint8_t* ba
     for (int grid_x = 0; grid_x < grid_w; ++grid_x) {
         const int64_t group = int64_t(grid_y / p.merge) * (grid_w / p.merge) + grid_x / p.merge;
         const int64_t index = (group * p.merge + grid_y % p.merge) * p.merge + grid_x % p.merge;
-        float* dst = p.patches + index * 3 * p.temporal * area;
+        uint8_t* dst = p.patches + index * 3 * area;
         for (int c = 0; c < 3; ++c) {
-            const float* lookup = p.lookup + c * 256;
             const uint8_t* src = band + int64_t(c) * p.x.out + int64_t(grid_x) * side;
-            for (int row = 0; row < side; ++row)
-                for (int i = 0; i < side; ++i) dst[row * side + i] = lookup[src[row * stride + i]];
-            // A still page is the same at every moment of the temporal patch.
-            for (int t = 1; t < p.temporal; ++t) memcpy(dst + t * area, dst, area * sizeof(float));
-            dst += p.temporal * area;
+            for (int row = 0; row < side; ++row, dst += side) memcpy(dst, src + row * stride, side);
         }
     }
 }
@@ -176,10 +171,6 @@ static void patchify(const PatchifyArgs& p) {
             }
             ready = p.band;
         }
-        for (int c = 0; c < 3; ++c)
-            for (int row = 0; row < p.patch; ++row)
-                memcpy(p.pixels + (int64_t(c) * ay.out + g * p.patch + row) * ax.out,
-                       ready + row * stride + int64_t(c) * ax.out, ax.out);
         if (p.patch == 14) emit_patches<14>(p, g, ready, stride);
         else emit_patches<0>(p, g, ready, stride);
     }

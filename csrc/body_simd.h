@@ -12,23 +12,43 @@ typedef uint32_t U __attribute__((vector_size(4 * PM_WIDTH)));
 typedef uint16_t S __attribute__((vector_size(2 * PM_WIDTH)));
 typedef uint16_t SLoose __attribute__((vector_size(2 * PM_WIDTH), aligned(2), may_alias));
 
+typedef int8_t B __attribute__((vector_size(PM_WIDTH)));
+typedef int8_t BLoose __attribute__((vector_size(PM_WIDTH), aligned(1), may_alias));
+
 #define PM_INLINE static inline __attribute__((always_inline))
 #define PM_KERNEL static __attribute__((flatten))  // inlines the lambdas given to sweep
 
 PM_INLINE V load(const float* p) { return *reinterpret_cast<const VLoose*>(p); }
 PM_INLINE void store(float* p, V v) { *reinterpret_cast<VLoose*>(p) = v; }
 
-PM_INLINE V widen(S bits) { return reinterpret_cast<V>(__builtin_convertvector(bits, U) << 16); }
+PM_INLINE V widen(S bits) {
+    // GCC 12 takes __builtin_convertvector of 16 lanes apart. (The maskless intrinsics warn of undefined values.)
+#if defined(PM_AVX512)
+    return reinterpret_cast<V>((U)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)bits) << 16);
+#else
+    return reinterpret_cast<V>(__builtin_convertvector(bits, U) << 16);
+#endif
+}
 
-// Round to nearest even; a NaN stays a NaN.
+// Round to nearest even; a NaN stays a NaN. (The instruction takes numbers below 1.2e-38 for zero.)
 PM_INLINE S narrow(V v) {
+#if defined(PM_AVX512BF16)
+    return (S)_mm512_cvtneps_pbh(v);
+#else
     const U u = reinterpret_cast<U>(v);
     const U rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
     const U quiet = (u >> 16) | 0x40;
     return __builtin_convertvector(v == v ? rounded : quiet, S);
+#endif
 }
 
 PM_INLINE V load(const bf16* p) { return widen(*reinterpret_cast<const SLoose*>(p)); }
+PM_INLINE V load(const int8_t* p) { return __builtin_convertvector(*reinterpret_cast<const BLoose*>(p), V); }
+// Rounds to nearest even; v within -127..127.
+PM_INLINE void store(int8_t* p, V v) {
+    const V shifter = V{} + 12582912.0f;  // 1.5 * 2^23
+    *reinterpret_cast<BLoose*>(p) = __builtin_convertvector(__builtin_convertvector(v + shifter - shifter, I), B);
+}
 PM_INLINE void store(bf16* p, V v) { *reinterpret_cast<SLoose*>(p) = narrow(v); }
 
 PM_INLINE V splat(float x) {
@@ -59,6 +79,8 @@ PM_INLINE V load_n(const T* p, int64_t n) {
 #if defined(PM_AVX512)
     const __mmask16 mask = static_cast<__mmask16>((1u << n) - 1);
     if constexpr (sizeof(T) == 4) return _mm512_maskz_loadu_ps(mask, p);
+    else if constexpr (sizeof(T) == 1)
+        return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(mask, p)));
     else return widen(reinterpret_cast<S>(_mm256_maskz_loadu_epi16(mask, p)));
 #else
     alignas(64) T buffer[W] = {};
@@ -72,6 +94,7 @@ PM_INLINE void store_n(T* p, V v, int64_t n) {
 #if defined(PM_AVX512)
     const __mmask16 mask = static_cast<__mmask16>((1u << n) - 1);
     if constexpr (sizeof(T) == 4) _mm512_mask_storeu_ps(p, mask, v);
+    else if constexpr (sizeof(T) == 1) _mm_mask_storeu_epi8(p, mask, _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(v)));
     else _mm256_mask_storeu_epi16(p, mask, reinterpret_cast<__m256i>(narrow(v)));
 #else
     alignas(64) T buffer[W];
@@ -102,13 +125,29 @@ PM_INLINE I iota() {
     return v;
 }
 
+// In place: rows[i] lane j <-> rows[j] lane i.
+PM_INLINE void transpose(V* rows) {
+#pragma GCC unroll 4
+    for (int s = 1; s < W; s *= 2) {
+        I low, high;  // of a pair of rows s apart, exchange the off-diagonal s x s squares
+        for (int i = 0; i < W; ++i) {
+            low[i] = i & s ? W + i - s : i;
+            high[i] = i & s ? W + i : i + s;
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < W; ++i) {
+            if (i & s) continue;
+            const V a = rows[i], b = rows[i + s];
+            rows[i] = __builtin_shuffle(a, b, low);
+            rows[i + s] = __builtin_shuffle(a, b, high);
+        }
+    }
+}
+
 // Sums the lanes as a balanced tree.
 PM_INLINE float sum(V v) {
-    float lanes[W];
-    store(lanes, v);
-    for (int half = W / 2; half; half /= 2)
-        for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-    return lanes[0];
+    for (int half = W / 2; half; half /= 2) v += __builtin_shuffle(v, (iota() + half) & (W - 1));
+    return v[0];
 }
 
 PM_INLINE float highest(V v) {

@@ -1,4 +1,4 @@
-// The kernels for AVX-512 (F, BW, DQ, VL) with the dot products of bfloat16 pairs.
+// The kernels for AVX-512 (F, BW, DQ, VL) with the dot products of bfloat16 pairs and of bytes.
 #if defined(__x86_64__)
 #include <immintrin.h>
 
@@ -10,9 +10,10 @@
 #include "threads.h"
 
 #pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,bmi2")
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16,avx2,fma,bmi2")
 #define PM_WIDTH 16
 #define PM_AVX512 1
+#define PM_VNNI 1
 #define PM_AVX512BF16 1
 namespace pagemill::avx512bf16 {
 #include "body.h"

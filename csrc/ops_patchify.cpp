@@ -1,4 +1,4 @@
-// patchify: resize, normalise and patch order in one pass over the page, on the calling thread: pages are prepared side
+// patchify: resize and patch order in one pass over the page, on the calling thread: pages are prepared side
 // by side. Checks, and the plan of the resize.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
@@ -92,30 +92,24 @@ void require(bool condition, const std::string& message) {
     if (!condition) throw std::invalid_argument("patchify: " + message);
 }
 
-py::tuple patchify(const py::array& rgb, int64_t out_h, int64_t out_w, int patch, int merge, int temporal,
-                   const py::array& lookup) {
+py::array patchify(const py::array& rgb, int64_t out_h, int64_t out_w, int patch, int merge) {
     require(py::isinstance<py::array_t<uint8_t>>(rgb) && rgb.ndim() == 3 && rgb.shape(2) == 3 &&
                 (rgb.flags() & py::array::c_style),
             "the page must be a C-contiguous uint8 array [height, width, 3]");
     require(rgb.shape(0) >= 1 && rgb.shape(1) >= 1 && rgb.shape(0) <= kMaxSide && rgb.shape(1) <= kMaxSide,
             "the page's sides must be between 1 and 2**20 pixels");
-    require(patch >= 1 && patch <= 256 && merge >= 1 && merge <= 16 && temporal >= 1 && temporal <= 16,
-            "patch_size must be in 1..256, merge_size and temporal_patch_size in 1..16");
+    require(patch >= 1 && patch <= 256 && merge >= 1 && merge <= 16,
+            "patch_size must be in 1..256, merge_size in 1..16");
     require(out_h >= 1 && out_w >= 1 && out_h <= kMaxSide && out_w <= kMaxSide && out_h % (patch * merge) == 0 &&
                 out_w % (patch * merge) == 0,
             "the size must be positive multiples of patch_size * merge_size, up to 2**20");
-    require(py::isinstance<py::array_t<float>>(lookup) && lookup.ndim() == 2 && lookup.shape(0) == 3 &&
-                lookup.shape(1) == 256 && (lookup.flags() & py::array::c_style),
-            "the lookup must be a C-contiguous float32 array [3, 256]");
 
     const py::ssize_t grid_h = out_h / patch, grid_w = out_w / patch;
-    py::array_t<float> patches({grid_h * grid_w, py::ssize_t{3} * temporal * patch * patch});
-    py::array_t<uint8_t> pixels({py::ssize_t{3}, py::ssize_t{out_h}, py::ssize_t{out_w}});
+    py::array_t<uint8_t> patches({grid_h * grid_w, py::ssize_t{3} * patch * patch});
     PatchifyArgs args{};
     args.rgb = static_cast<const uint8_t*>(rgb.data());
-    args.patches = patches.mutable_data(), args.pixels = pixels.mutable_data();
-    args.lookup = static_cast<const float*>(lookup.data());
-    args.patch = patch, args.merge = merge, args.temporal = temporal;
+    args.patches = patches.mutable_data();
+    args.patch = patch, args.merge = merge;
     const int in_h = static_cast<int>(rgb.shape(0)), in_w = static_cast<int>(rgb.shape(1));
     {
         py::gil_scoped_release release;
@@ -123,14 +117,14 @@ py::tuple patchify(const py::array& rgb, int64_t out_h, int64_t out_w, int patch
         args.x = x.view, args.y = y.view;
         run(args);
     }
-    return py::make_tuple(std::move(patches), std::move(pixels));
+    return std::move(patches);
 }
 
 }  // namespace
 
 void bind_patchify(py::module_& m) {
     m.def("patchify", &patchify, py::arg("rgb"), py::arg("height"), py::arg("width"), py::arg("patch_size"),
-          py::arg("merge_size"), py::arg("temporal_patch_size"), py::arg("lookup"));
+          py::arg("merge_size"));
 }
 
 }  // namespace pagemill

@@ -1,7 +1,8 @@
 """Kernels: one op, one file, one contract; the implementation of each is chosen once, by `select`.
 
 Every op takes torch tensors of one compute dtype (float32 or bfloat16) on one device and accumulates in
-float32. A malformed argument raises ValueError naming it; nothing is converted or rerouted silently.
+float32. A malformed argument raises ValueError naming it; nothing is converted or rerouted silently. What a
+native op writes shares memory with no other argument. No other thread may write to an argument meanwhile.
 """
 
 from __future__ import annotations
@@ -16,17 +17,64 @@ from torch import Tensor
 
 import pagemill._native as _native
 from pagemill.errors import KernelUnavailable
-from pagemill.kernels import activation, attention, linear, norm, rotary, sampling
-from pagemill.kernels.attention import kv_cache_shapes
-from pagemill.kernels.linear import PackedLinear
+from pagemill.kernels import activation, angles, attention, linear, norm, pixels, rotary, sampling
+from pagemill.kernels.attention import LayerCache, kv_cache_shapes, kv_scale_shape
+from pagemill.kernels.linear import PackedLinear, Scheme
 
-__all__ = ["Kernels", "PackedLinear", "kv_cache_shapes", "select", "set_num_threads"]
+__all__ = [
+    "Kernels",
+    "LayerCache",
+    "PackedLinear",
+    "Scheme",
+    "kv_cache_shapes",
+    "kv_scale_shape",
+    "select",
+    "set_num_threads",
+]
+
+
+class PackLinearOp(Protocol):
+    """`pack_linear(weight, bias, scheme="plain", group=128)`."""
+
+    def __call__(
+        self,
+        weight: Tensor | Sequence[Tensor],
+        bias: Tensor | None,
+        *,
+        scheme: Scheme = "plain",
+        group: int = 128,
+    ) -> PackedLinear: ...
+
+
+class PackSwigluOp(Protocol):
+    """`pack_swiglu(gate, up, bias, scheme="plain", group=128)`."""
+
+    def __call__(
+        self, gate: Tensor, up: Tensor, bias: Tensor | None, *, scheme: Scheme = "plain", group: int = 128
+    ) -> PackedLinear: ...
+
+
+class PackQuantizedOp(Protocol):
+    """`pack_quantized(q, scales, zeros, bias, group=128, gated=False)`."""
+
+    def __call__(
+        self,
+        q: Tensor,
+        scales: Tensor,
+        zeros: Tensor,
+        bias: Tensor | None,
+        *,
+        group: int = 128,
+        gated: bool = False,
+    ) -> PackedLinear: ...
 
 
 class LinearOp(Protocol):
-    """`linear(x, packed, out_float32=False)`."""
+    """`linear(x, packed, out_float32=False, residual=None)`."""
 
-    def __call__(self, x: Tensor, packed: PackedLinear, *, out_float32: bool = False) -> Tensor: ...
+    def __call__(
+        self, x: Tensor, packed: PackedLinear, *, out_float32: bool = False, residual: Tensor | None = None
+    ) -> Tensor: ...
 
 
 class GreedyOp(Protocol):
@@ -35,21 +83,61 @@ class GreedyOp(Protocol):
     def __call__(self, logits: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]: ...
 
 
+class RotaryCacheOp(Protocol):
+    """`rotary_cache(qkv, cos, sin, slots, k_cache, v_cache, heads, kv_heads, k_scale=None, v_scale=None)`."""
+
+    def __call__(
+        self,
+        qkv: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        slots: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        num_heads: int,
+        num_kv_heads: int,
+        k_scale: Tensor | None = None,
+        v_scale: Tensor | None = None,
+    ) -> Tensor: ...
+
+
+class PagedAttentionOp(Protocol):
+    """`paged_attention(q, k_cache, v_cache, tables, starts, lens, scale, k_scale=None, v_scale=None)`."""
+
+    def __call__(
+        self,
+        q: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        block_tables: Tensor,
+        query_start: Tensor,
+        context_lens: Tensor,
+        scale: float,
+        k_scale: Tensor | None = None,
+        v_scale: Tensor | None = None,
+    ) -> Tensor: ...
+
+
 @dataclass(frozen=True)
 class Kernels:
     """The chosen implementation of every op; the contracts stand in the module of the same name."""
 
-    pack_linear: Callable[[Tensor | Sequence[Tensor], Tensor | None], PackedLinear]
+    pack_linear: PackLinearOp
+    pack_swiglu: PackSwigluOp
+    pack_quantized: PackQuantizedOp
     linear: LinearOp
+    linear_swiglu: Callable[[Tensor, PackedLinear], Tensor]
     embed: Callable[[Tensor, PackedLinear], Tensor]
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
     add_rms_norm: Callable[[Tensor, Tensor, Tensor, float], Tensor]
     swiglu: Callable[[Tensor], Tensor]
     gelu: Callable[[Tensor], Tensor]
+    mrope_angles: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
     rotary: Callable[[Tensor, Tensor, Tensor], None]
-    rotary_cache: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, int, int], Tensor]
-    paged_attention: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float], Tensor]
+    rotary_cache: RotaryCacheOp
+    paged_attention: PagedAttentionOp
     varlen_attention: Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor]
+    pixel_values: Callable[[Tensor, Tensor, Tensor, int, Tensor], None]
     greedy: GreedyOp
     implementations: Mapping[str, str]
 
@@ -60,15 +148,18 @@ class Kernels:
 
 _OPS = (
     "linear",
+    "linear_swiglu",
     "embed",
     "rms_norm",
     "add_rms_norm",
     "swiglu",
     "gelu",
+    "mrope_angles",
     "rotary",
     "rotary_cache",
     "paged_attention",
     "varlen_attention",
+    "pixel_values",
     "greedy",
 )
 
@@ -76,16 +167,21 @@ _OPS = (
 def _reference(dtype: torch.dtype) -> Kernels:
     return Kernels(
         pack_linear=partial(linear.pack_reference, dtype=dtype),
+        pack_swiglu=partial(linear.pack_swiglu_reference, dtype=dtype),
+        pack_quantized=partial(linear.pack_quantized_reference, dtype=dtype),
         linear=linear.linear_reference,
+        linear_swiglu=linear.linear_swiglu_reference,
         embed=linear.embed_reference,
         rms_norm=norm.rms_norm_reference,
         add_rms_norm=norm.add_rms_norm_reference,
         swiglu=activation.swiglu_reference,
         gelu=activation.gelu_reference,
+        mrope_angles=angles.mrope_angles_reference,
         rotary=rotary.rotary_reference,
         rotary_cache=rotary.rotary_cache_reference,
         paged_attention=attention.paged_attention_reference,
         varlen_attention=attention.varlen_attention_reference,
+        pixel_values=pixels.pixel_values_reference,
         greedy=sampling.greedy_reference,
         implementations=dict.fromkeys(_OPS, "reference (torch)"),
     )
@@ -96,30 +192,23 @@ def _native_over(reference: Kernels, dtype: torch.dtype) -> Kernels:
     return replace(
         reference,
         pack_linear=partial(linear.pack_native, dtype=dtype),
+        pack_swiglu=partial(linear.pack_swiglu_native, dtype=dtype),
+        pack_quantized=partial(linear.pack_quantized_native, dtype=dtype),
         linear=linear.linear_native,
+        linear_swiglu=linear.linear_swiglu_native,
         embed=linear.embed_native,
         rms_norm=norm.rms_norm_native,
         add_rms_norm=norm.add_rms_norm_native,
         swiglu=activation.swiglu_native,
         gelu=activation.gelu_native,
+        mrope_angles=angles.mrope_angles_native,
         rotary=rotary.rotary_native,
         rotary_cache=rotary.rotary_cache_native,
         paged_attention=attention.paged_attention_native,
         varlen_attention=attention.varlen_attention_native,
+        pixel_values=pixels.pixel_values_native,
         greedy=sampling.greedy_native,
         implementations=dict.fromkeys(_OPS, native),
-    )
-
-
-def _with_linear_of(donor: Kernels, kernels: Kernels) -> Kernels:
-    """On machines with AMX: oneDNN, under torch, has bfloat16 matrix kernels that use it, unlike ours."""
-    ops = ("linear", "embed")
-    return replace(
-        kernels,
-        pack_linear=donor.pack_linear,
-        linear=donor.linear,
-        embed=donor.embed,
-        implementations={**kernels.implementations, **{op: donor.implementations[op] for op in ops}},
     )
 
 
@@ -134,7 +223,7 @@ def select(kind: str, device: torch.device, dtype: torch.dtype) -> Kernels:
 
     `kind`: "auto" (the fastest that exists), "reference" (torch), "native" (C++, CPU only; ops without a
     native form for this dtype stay with the reference, as `describe` says) or "triton". Raises
-    KernelUnavailable for what cannot run.
+    KernelUnavailable for what cannot run, and for an instruction set in PAGEMILL_ISA that the machine lacks.
     """
     if kind not in ("auto", "reference", "native", "triton"):
         raise KernelUnavailable(f'kernels={kind!r} is unknown; use "auto", "reference", "native" or "triton"')
@@ -144,10 +233,11 @@ def select(kind: str, device: torch.device, dtype: torch.dtype) -> Kernels:
         raise KernelUnavailable('kernels="triton" is not built into this version; use "auto" or "reference"')
     if kind == "native" and device.type != "cpu":
         raise KernelUnavailable(f'kernels="native" runs on the CPU, not on {device}; use "auto"')
+    try:
+        _native.isa()  # also for the reference: pages are prepared in C++ all the same
+    except ValueError as error:
+        raise KernelUnavailable(str(error)) from None
     reference = _reference(dtype)
     if kind == "reference" or device.type != "cpu":
         return reference
-    native = _native_over(reference, dtype)
-    if kind == "auto" and dtype == torch.bfloat16 and _native.has_amx():
-        return _with_linear_of(reference, native)
-    return native
+    return _native_over(reference, dtype)

@@ -46,6 +46,6 @@ def swiglu_native(gate_up: Tensor) -> Tensor:
 
 def gelu_native(x: Tensor) -> Tensor:
     """`gelu_reference` in C++; x must be contiguous."""
-    out = torch.empty(x.shape, dtype=x.dtype)
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
     _native.gelu(dl(x), dl(out))
     return out

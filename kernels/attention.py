@@ -3,12 +3,14 @@
 The KV cache of one layer is two tensors in blocks of `block_size` tokens: `k_cache [num_blocks, Hk, D,
 block_size]`, keys transposed so that q k^T runs along keys, and `v_cache [num_blocks, Hk, block_size, D]`.
 Grouped queries (Ainslie et al., 2023): query head h reads kv head `h // (Hq // Hk)`. Everything is float32 or
-bfloat16; scores and sums are float32.
+bfloat16; scores and sums are float32. An int8 cache has beside each of its two tensors float32 scales `[num_blocks, Hk,
+block_size]`, one per token and kv head: a key is its codes times its scale (symmetric, dynamic: max / 127).
 """
 
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +21,9 @@ from pagemill.kernels.check import expect, expect_tensor
 from pagemill.kernels.dlpack import dl
 
 __all__ = [
+    "LayerCache",
     "kv_cache_shapes",
+    "kv_scale_shape",
     "paged_attention_native",
     "paged_attention_reference",
     "varlen_attention_native",
@@ -37,6 +41,39 @@ def kv_cache_shapes(
     return (num_blocks, num_kv_heads, head_dim, block_size), (num_blocks, num_kv_heads, block_size, head_dim)
 
 
+def kv_scale_shape(num_blocks: int, num_kv_heads: int, block_size: int) -> tuple[int, int, int]:
+    """Shape of the scales of an int8 `k_cache`, and of those of its `v_cache`; contiguous."""
+    return num_blocks, num_kv_heads, block_size
+
+
+class LayerCache(NamedTuple):
+    """The KV cache of one layer; scales only where it is int8."""
+
+    keys: Tensor
+    values: Tensor
+    key_scales: Tensor | None = None
+    value_scales: Tensor | None = None
+
+
+def expect_cache(
+    argument: str,
+    cache: Tensor,
+    scale: Tensor | None,
+    dtype: torch.dtype,
+    shape: tuple[int | None, ...],
+) -> None:
+    """Check a cache tensor of the compute `dtype`, or of int8 with a scale beside it."""
+    expect_tensor(f"{argument}_cache", cache, dtype if scale is None else torch.int8, shape)
+    if scale is not None:
+        blocks, kv_heads, block_size = (
+            cache.shape[0],
+            cache.shape[1],
+            cache.shape[3 if argument == "k" else 2],
+        )
+        wanted = kv_scale_shape(blocks, kv_heads, block_size)
+        expect_tensor(f"{argument}_scale", scale, torch.float32, wanted)
+
+
 def _check_paged(
     q: Tensor,
     k_cache: Tensor,
@@ -44,11 +81,16 @@ def _check_paged(
     block_tables: Tensor,
     query_start: Tensor,
     context_lens: Tensor,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
 ) -> None:
     expect_tensor("q", q, _DTYPES, (None, None, None))
-    expect_tensor("k_cache", k_cache, q.dtype, (None, None, q.shape[2], None))
+    expect(
+        (k_scale is None) == (v_scale is None), "v_scale", "one with k_scale, or neither", "one of the two"
+    )
+    expect_cache("k", k_cache, k_scale, q.dtype, (None, None, q.shape[2], None))
     blocks, kv_heads, head_dim, block_size = k_cache.shape
-    expect_tensor("v_cache", v_cache, q.dtype, (blocks, kv_heads, block_size, head_dim))
+    expect_cache("v", v_cache, v_scale, q.dtype, (blocks, kv_heads, block_size, head_dim))
     divides = kv_heads > 0 and q.shape[1] % kv_heads == 0
     expect(divides, "q", f"a number of heads that is a multiple of {kv_heads}", q.shape[1])
     expect_tensor("context_lens", context_lens, torch.int32, (None,))
@@ -72,16 +114,18 @@ def paged_attention_reference(
     query_start: Tensor,
     context_lens: Tensor,
     scale: float,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> Tensor:
     """Causal attention of a ragged batch, prefill chunks and single decode tokens alike: `[T, Hq, D]`.
 
     Sequence s owns the rows `query_start[s]:query_start[s + 1]` of `q [T, Hq, D]` (int32 `[S + 1]`, from 0 to
     T). They are the last tokens of its context of `context_lens[s]` tokens (int32 `[S]`), whose token p lies
     at offset `p % block_size` of block `block_tables[s, p // block_size]` (int32 `[S, max_blocks]`). Table
-    entries and slots past the context are never read. ValueError for a chunk longer than its context, or a
-    block out of range.
+    entries and slots past the context are never read. With `k_scale` and `v_scale` the caches are int8. ValueError for a
+    chunk longer than its context, or a block out of range.
     """
-    _check_paged(q, k_cache, v_cache, block_tables, query_start, context_lens)
+    _check_paged(q, k_cache, v_cache, block_tables, query_start, context_lens, k_scale, v_scale)
     num_blocks, kv_heads, head_dim, block_size = k_cache.shape
     starts, lens = query_start.tolist(), context_lens.tolist()
     monotone = all(a <= b for a, b in pairwise(starts))
@@ -105,14 +149,23 @@ def paged_attention_reference(
         blocks = block_tables[s, :used].long()
         low, high = int(blocks.min()), int(blocks.max())
         expect(low >= 0 and high < num_blocks, f"block_tables[{s}]", f"0..{num_blocks - 1}", f"{low}..{high}")
-        k = k_cache[blocks].permute(1, 0, 3, 2).reshape(kv_heads, used * block_size, head_dim)[:, :context]
-        v = v_cache[blocks].permute(1, 0, 2, 3).reshape(kv_heads, used * block_size, head_dim)[:, :context]
+        k_blocks, v_blocks = k_cache[blocks], v_cache[blocks]
+        if k_scale is not None and v_scale is not None:
+            k_blocks = k_blocks * k_scale[blocks][:, :, None, :]
+            v_blocks = v_blocks * v_scale[blocks][:, :, :, None]
+        k = k_blocks.permute(1, 0, 3, 2).reshape(kv_heads, used * block_size, head_dim)[:, :context]
+        v = v_blocks.permute(1, 0, 2, 3).reshape(kv_heads, used * block_size, head_dim)[:, :context]
         mask = None
         if count > 1:
             position = torch.arange(context, device=q.device)
             mask = position <= position[context - count :, None]
         attended = F.scaled_dot_product_attention(
-            q[rows].transpose(0, 1)[None], k[None], v[None], attn_mask=mask, scale=scale, enable_gqa=True
+            q[rows].to(k.dtype).transpose(0, 1)[None],
+            k[None],
+            v[None],
+            attn_mask=mask,
+            scale=scale,
+            enable_gqa=True,
         )
         out[rows] = attended[0].transpose(0, 1)
     return out
@@ -148,6 +201,8 @@ def paged_attention_native(
     query_start: Tensor,
     context_lens: Tensor,
     scale: float,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> Tensor:
     """`paged_attention_reference` in C++ (`csrc/body_attention.h`), for head_dim up to 256.
 
@@ -156,7 +211,8 @@ def paged_attention_native(
     """
     out = torch.empty(q.shape, dtype=q.dtype)
     batch = dl(block_tables), dl(query_start), dl(context_lens)
-    _native.paged_attention(dl(q), dl(k_cache), dl(v_cache), *batch, scale, dl(out))
+    scales = None if k_scale is None else dl(k_scale), None if v_scale is None else dl(v_scale)
+    _native.paged_attention(dl(q), dl(k_cache), dl(v_cache), *batch, scale, *scales, dl(out))
     return out
 
 

@@ -42,13 +42,13 @@ def add_rms_norm_reference(x: Tensor, residual: Tensor, weight: Tensor, eps: flo
 
 def rms_norm_native(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """`rms_norm_reference` in C++ (`csrc/body_elementwise.h`)."""
-    out = torch.empty(x.shape, dtype=x.dtype)
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
     _native.rms_norm(dl(x), dl(weight), eps, dl(out))
     return out
 
 
 def add_rms_norm_native(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
     """`add_rms_norm_reference` in C++, in one pass over each row."""
-    out = torch.empty(x.shape, dtype=x.dtype)
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
     _native.add_rms_norm(dl(x), dl(residual), dl(weight), eps, dl(out))
     return out

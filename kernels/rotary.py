@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import pagemill._native as _native
+from pagemill.kernels.attention import expect_cache
 from pagemill.kernels.check import expect, expect_tensor
 from pagemill.kernels.dlpack import dl
 
@@ -26,12 +27,23 @@ def _check_angles(cos: Tensor, sin: Tensor, tokens: int, head_dim: int) -> None:
 
 
 def _check_cache(
-    qkv: Tensor, slots: Tensor, k_cache: Tensor, v_cache: Tensor, num_heads: int, num_kv_heads: int
+    qkv: Tensor,
+    slots: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    num_heads: int,
+    num_kv_heads: int,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
 ) -> None:
-    expect_tensor("k_cache", k_cache, _DTYPES, (None, num_kv_heads, None, None))
+    expect_tensor("qkv", qkv, _DTYPES, (None, None))
+    expect(
+        (k_scale is None) == (v_scale is None), "v_scale", "one with k_scale, or neither", "one of the two"
+    )
+    expect_cache("k", k_cache, k_scale, qkv.dtype, (None, num_kv_heads, None, None))
     blocks, _, head_dim, block_size = k_cache.shape
-    expect_tensor("v_cache", v_cache, k_cache.dtype, (blocks, num_kv_heads, block_size, head_dim))
-    expect_tensor("qkv", qkv, k_cache.dtype, (None, (num_heads + 2 * num_kv_heads) * head_dim))
+    expect_cache("v", v_cache, v_scale, qkv.dtype, (blocks, num_kv_heads, block_size, head_dim))
+    expect_tensor("qkv", qkv, qkv.dtype, (None, (num_heads + 2 * num_kv_heads) * head_dim))
     expect_tensor("slots", slots, torch.int64, (qkv.shape[0],))
 
 
@@ -43,6 +55,14 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> None:
     rotated = first * cos - second * sin
     x[..., half:] = (second * cos + first * sin).to(x.dtype)
     x[..., :half] = rotated.to(x.dtype)
+
+
+def _quantise(x: Tensor) -> tuple[Tensor, Tensor]:
+    """int8 codes of `x [..., D]` and their float32 scales `[...]`; a vector below 1e-30 is zero."""
+    most = x.float().abs().amax(-1)
+    seen = most > 1e-30
+    inverse = torch.where(seen, 127.0 / most, 0.0)
+    return (x.float() * inverse[..., None]).round().to(torch.int8), torch.where(seen, most / 127.0, 0.0)
 
 
 def rotary_reference(x: Tensor, cos: Tensor, sin: Tensor) -> None:
@@ -61,14 +81,17 @@ def rotary_cache_reference(
     v_cache: Tensor,
     num_heads: int,
     num_kv_heads: int,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> Tensor:
     """Rotate q and k of `qkv [T, (Hq + 2 Hk) D]`, write k and v into the cache, return q `[T, Hq, D]`.
 
-    Token t goes to the flat slot `slots[t] = block * block_size + offset` (int64 `[T]`); -1 writes nothing.
-    The result is a view of `qkv`; what the rest of `qkv` holds afterwards is unspecified. ValueError for a
-    slot out of range.
+    Token t goes to the flat slot `slots[t] = block * block_size + offset` (int64 `[T]`); -1 writes nothing, and
+    no other slot comes twice. With `k_scale` and `v_scale` the caches are int8 and every key and value is quantised by itself,
+    symmetrically: scale = max |x| / 127, codes rounded to nearest even. The result is a view of `qkv`; what the rest of
+    `qkv` holds afterwards is unspecified. ValueError for a slot out of range.
     """
-    _check_cache(qkv, slots, k_cache, v_cache, num_heads, num_kv_heads)
+    _check_cache(qkv, slots, k_cache, v_cache, num_heads, num_kv_heads, k_scale, v_scale)
     blocks, _, head_dim, block_size = k_cache.shape
     _check_angles(cos, sin, qkv.shape[0], head_dim)
     if slots.numel():
@@ -84,8 +107,12 @@ def rotary_cache_reference(
     _rotate(heads[:, : num_heads + num_kv_heads], cos, sin)
     kept = slots >= 0
     block, offset = slots[kept] // block_size, slots[kept] % block_size
-    k_cache[block, :, :, offset] = k[kept]
-    v_cache[block, :, offset, :] = v[kept]
+    keys, values = k[kept], v[kept]
+    if k_scale is not None and v_scale is not None:
+        keys, k_scale[block, :, offset] = _quantise(keys)
+        values, v_scale[block, :, offset] = _quantise(values)
+    k_cache[block, :, :, offset] = keys
+    v_cache[block, :, offset, :] = values
     return q
 
 
@@ -103,9 +130,12 @@ def rotary_cache_native(
     v_cache: Tensor,
     num_heads: int,
     num_kv_heads: int,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> Tensor:
     """`rotary_cache_reference` in C++; the caches must be contiguous."""
     caches = dl(k_cache), dl(v_cache)
-    _native.rotary_cache(dl(qkv), dl(cos), dl(sin), dl(slots), *caches, num_heads, num_kv_heads)
+    scales = None if k_scale is None else dl(k_scale), None if v_scale is None else dl(v_scale)
+    _native.rotary_cache(dl(qkv), dl(cos), dl(sin), dl(slots), *caches, num_heads, num_kv_heads, *scales)
     head_dim = k_cache.shape[2]
     return qkv[:, : num_heads * head_dim].view(qkv.shape[0], num_heads, head_dim)

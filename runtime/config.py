@@ -9,6 +9,9 @@ from typing import Literal
 from pagemill.errors import ConfigError
 
 KernelChoice = Literal["auto", "reference", "native", "triton"]
+Quantize = Literal["none", "int8", "int4"]
+WeightCache = Literal["auto", "on", "off"]
+KvCacheDType = Literal["auto", "int8"]
 
 
 @dataclass(frozen=True)
@@ -20,6 +23,12 @@ class EngineConfig:
     """float32, bfloat16, or auto: the checkpoint's own (bfloat16 for one stored in float16)."""
     kernels: KernelChoice = "auto"
     """Which kernel implementations to use; `Engine.describe` tells what was chosen."""
+    quantize: Quantize = "none"
+    """Round the weights to fewer bits while loading: int8 (weights and activations, everywhere), or int4 (the decoder's
+    weights in groups; the vision tower, the embedding and the output layer in int8)."""
+    weight_cache: WeightCache = "auto"
+    """Keep the packed weights in the user's cache folder (PAGEMILL_CACHE_DIR), to be mapped by later starts: auto does for
+    checkpoints of 1 GB or more that run on the CPU. `Engine.describe` tells whether they came from there."""
     max_num_seqs: int = 32
     """Most pages in the batch at once (concurrency)."""
     max_step_tokens: int = 2048
@@ -34,6 +43,9 @@ class EngineConfig:
     """Memory for keys and values, never exceeded; None takes `kv_cache_fraction` of what is free, at most what
     `max_num_seqs` sequences of full length need."""
     kv_cache_fraction: float = 0.3
+    kv_cache_dtype: KvCacheDType = "auto"
+    """What keys and values are stored in: auto is `dtype`; int8 holds about twice the tokens, each key and value scaled by
+    itself."""
     prefix_sharing: bool = True
     """Share the KV blocks of equal prompt beginnings."""
     prepare_threads: int = min(4, os.cpu_count() or 1)
@@ -49,6 +61,10 @@ class EngineConfig:
             refuse("dtype", "auto, float32 or bfloat16")
         if self.kernels not in ("auto", "reference", "native", "triton"):
             refuse("kernels", "auto, reference, native or triton")
+        if self.quantize not in ("none", "int8", "int4"):
+            refuse("quantize", "none, int8 or int4")
+        if self.weight_cache not in ("auto", "on", "off"):
+            refuse("weight_cache", "auto, on or off")
         for name in (
             "max_num_seqs",
             "max_step_tokens",
@@ -61,6 +77,8 @@ class EngineConfig:
         for name in ("max_model_len", "kv_cache_bytes", "num_threads"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 refuse(name, "at least 1")
+        if self.kv_cache_dtype not in ("auto", "int8"):
+            refuse("kv_cache_dtype", "auto or int8")
         if self.max_num_seqs > 1 << 16:
             refuse("max_num_seqs", f"at most {1 << 16}")
         if not 0 < self.kv_cache_fraction <= 1:

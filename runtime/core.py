@@ -43,7 +43,7 @@ from pagemill.stats import EngineStats
 
 _DEFAULT_MODEL_LEN = 32768
 _MAX_DRAFT = 16  # tokens guessed for one sequence in one step
-_GIVEN_ROWS = 256  # tokens of references judged in one step: a row of logits takes up to 0.6 MB
+GIVEN_ROWS = 256  # tokens of references judged in one step: a row of logits takes up to 0.6 MB
 _ROWS_BESIDE = 48  # masks of fewer rows are made after the model has run: another thread takes over too late
 _MAX_SALTS = 4  # whose outputs are remembered for drafts: some 25 MB each
 _NOT_FINITE = "the model computed values that are not finite numbers; try float32, or check the checkpoint"
@@ -76,8 +76,11 @@ class EngineCore:
             raise ConfigError(
                 f"max_model_len {self.max_model_len} is beyond the model's {text.max_position_embeddings} positions"
             )
-        per_block = block_bytes(text.num_layers, text.num_kv_heads, text.head_dim, config.block_size, dtype)
-        free = _free_memory(model.vision.device)
+        self.kv_dtype = torch.int8 if config.kv_cache_dtype == "int8" else dtype
+        per_block = block_bytes(
+            text.num_layers, text.num_kv_heads, text.head_dim, config.block_size, self.kv_dtype
+        )
+        free = max(0, _free_memory(model.vision.device) - model.mapped_bytes)
         if config.kv_cache_bytes is not None and config.kv_cache_bytes > free:
             raise ConfigError(
                 f"kv_cache_bytes {config.kv_cache_bytes} is more than the {free} bytes of free memory"
@@ -108,7 +111,7 @@ class EngineCore:
             max_num_seqs=config.max_num_seqs,
             max_model_len=self.max_model_len,
             device=model.vision.device,
-            dtype=dtype,
+            dtype=self.kv_dtype,
         )
         self._draft_indexes: OrderedDict[str, DraftIndex] = OrderedDict()
         self.draft_budget = DraftBudget()
@@ -136,10 +139,17 @@ class EngineCore:
         for image in images:
             (t, h, w), merge = image.grid, config.vision.spatial_merge_size
             whole = h % merge == w % merge == 0 and image.num_tokens == t * h * w // merge**2
-            if not whole or image.patches.shape != (t * h * w, config.vision.patch_dim):
+            if not whole or image.patches.shape != (t * h * w, config.vision.patch_bytes):
                 raise RequestError(
                     f"a prepared image has grid {image.grid}, {image.num_tokens} tokens and patches of shape "
                     f"{image.patches.shape}, which do not belong together in this model"
+                )
+            levels = (config.vision.in_channels, 256)
+            typed = image.patches.dtype == np.uint8 and image.levels.dtype == np.float32
+            if not typed or image.levels.shape != levels:
+                raise RequestError(
+                    f"a prepared image should have patches of uint8 and levels of float32 {list(levels)}, it has "
+                    f"{image.patches.dtype} and {image.levels.dtype} {list(image.levels.shape)}"
                 )
         counts = [image.num_tokens for image in images]
         if isinstance(prompt, str):
@@ -154,7 +164,14 @@ class EngineCore:
         return TokenizedPrompt(
             token_ids,
             [
-                SequenceImage(start, image.num_tokens, image.grid, image.content_hash, image.patches)
+                SequenceImage(
+                    start,
+                    image.num_tokens,
+                    image.grid,
+                    image.content_hash,
+                    image.levels,
+                    np.ascontiguousarray(image.patches),
+                )
                 for start, image in zip(starts, images, strict=True)
             ],
         )
@@ -270,11 +287,8 @@ class EngineCore:
         masks: Future[npt.NDArray[np.int32]] | None = None
         if masked and sum(1 + len(draft) for _, draft in wanting) >= _ROWS_BESIDE:
             masks = self._mask_thread.submit(self._fill_masks, wanting)
-        encode_s = self.runner.encode_s
         started, clock = time.perf_counter(), self._clock()
         logits = self.runner.execute(plan)
-        computed = time.perf_counter()
-        encode_s = self.runner.encode_s - encode_s
         mask: Tensor | None = None
         if masked:
             filled = self._fill_masks(wanting) if masks is None else masks.result()
@@ -286,10 +300,13 @@ class EngineCore:
         token_ids, logprobs = sample(logits, wants, self.model.decoder.kernels.greedy, mask)
         now = time.perf_counter()
         stats = self.stats
-        self._count(plan, computed - started - encode_s)
+        encode_s, model_s = self.runner.seconds(plan)
+        # A GPU computes while masks are made: they count from where it was done.
+        masks_s = max(masks_made - started - encode_s - model_s, 0.0)
+        self._count(plan, model_s)
         stats.encode_s += encode_s
-        stats.masks_s += masks_made - computed
-        stats.sampling_s += now - masks_made
+        stats.masks_s += masks_s
+        stats.sampling_s += max(now - started - encode_s - model_s - masks_s, 0.0)
         used = self.blocks.num_blocks - self.blocks.num_free
         places = len(self.scheduler.running)
         num_drafted = sum(len(draft) for _, draft in wanting)
@@ -349,7 +366,7 @@ class EngineCore:
     def _guess(self) -> None:
         """Give sequences that decode as many draft tokens as pay at the present load."""
         decoding: list[Sequence] = []
-        rows = _GIVEN_ROWS
+        rows = GIVEN_ROWS
         for seq in self.scheduler.running:
             if len(seq.token_ids) - seq.num_computed == 1:
                 if seq.control.reference is None:

@@ -209,7 +209,16 @@ class Engine:
                 raise CheckpointError(
                     f"{folder}: config.json has {name_in_both} {ours}, the image settings have {theirs}"
                 )
-        model = load_model(folder, model_config, kernels.select(config.kernels, device, dtype), device, dtype)
+        chosen = kernels.select(config.kernels, device, dtype)
+        model = load_model(
+            folder,
+            model_config,
+            chosen,
+            device,
+            dtype,
+            quantize=config.quantize,
+            weight_cache=config.weight_cache,
+        )
         page_format = PageFormat(
             profile.keys,
             profile.key_order,
@@ -393,7 +402,9 @@ class Engine:
             "model": self.model,
             "device": str(core.model.vision.device),
             "dtype": str(core.model.vision.dtype).removeprefix("torch."),
+            "quantize": core.config.quantize,
             "kernels": core.model.decoder.kernels.describe(),
+            "weights": core.model.weights,
             "layers": text.num_layers,
             "vocabulary": text.vocab_size,
             "max_model_len": core.max_model_len,
@@ -401,6 +412,7 @@ class Engine:
             "max_step_tokens": core.config.max_step_tokens,
             "prepare_threads": core.config.prepare_threads,
             "kv_cache_bytes": core.kv_cache_bytes,
+            "kv_cache_dtype": str(core.kv_dtype).removeprefix("torch."),
             "kv_cache_blocks": core.blocks.num_blocks,
             "kv_block_size": block_size,
             "kv_cache_tokens": core.blocks.num_blocks * block_size,

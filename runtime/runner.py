@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -11,30 +12,61 @@ from torch import Tensor
 
 from pagemill.cache import ImageCache
 from pagemill.errors import ConfigError
-from pagemill.kernels import kv_cache_shapes
+from pagemill.kernels import LayerCache, kv_cache_shapes, kv_scale_shape
 from pagemill.model.decoder import RaggedBatch
 from pagemill.model.loader import Model
 from pagemill.scheduler import StepPlan
 from pagemill.sequence import Sequence, SequenceImage
 
+_CPU_ENCODE_TOKENS = 512
+"""Image tokens that go through the vision tower together on a CPU, or one larger image: more would leave the caches, and
+their activations would be memory that the system maps and clears anew for every call."""
+
 
 def block_bytes(
     model_layers: int, num_kv_heads: int, head_dim: int, block_size: int, dtype: torch.dtype
 ) -> int:
-    """Bytes that one KV block takes over all layers, keys and values."""
-    return 2 * model_layers * num_kv_heads * head_dim * block_size * dtype.itemsize
+    """Bytes that one KV block takes over all layers, keys and values; int8 ones have a float32 scale each."""
+    scale = torch.float32.itemsize if dtype == torch.int8 else 0
+    return 2 * model_layers * num_kv_heads * block_size * (head_dim * dtype.itemsize + scale)
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Zeroed memory. On the CPU the system gives a page at its first write: a budget costs nothing until it is used."""
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
-    lazily = np.zeros(shape, dtype=np.float32 if dtype == torch.float32 else np.uint16)
-    return torch.from_numpy(lazily).view(dtype)
+    plain = {torch.float32: np.float32, torch.bfloat16: np.uint16, torch.int8: np.int8}[dtype]
+    return torch.from_numpy(np.zeros(shape, dtype=plain)).view(dtype)
+
+
+class DeviceClock:
+    """Marks moments in a device's work, and tells the seconds between two of them.
+
+    A CPU's work is done when a call returns. A GPU's runs behind the calls: its marks are events, which the device passes when it
+    comes to them. Ask for their seconds after something has waited for the work: then nothing waits for a clock.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._events = device.type == "cuda"
+
+    def mark(self) -> Any:
+        """Mark the moment after all work given to the device so far (on a GPU: to its current stream)."""
+        if not self._events:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def seconds(self, first: Any, last: Any) -> float:
+        """Seconds from one mark to a later one; waits for the later one where the device has not come to it."""
+        if not self._events:
+            return float(last - first)
+        last.synchronize()
+        return float(first.elapsed_time(last)) / 1e3
 
 
 class Runner:
-    """Owns the KV cache tensors and the block-table array of running sequences."""
+    """Owns the KV cache tensors (of `dtype`, int8 with scales) and the block-table array of running sequences."""
 
     def __init__(
         self,
@@ -52,57 +84,84 @@ class Runner:
         self.block_size = block_size
         text = model.config.text
         k_shape, v_shape = kv_cache_shapes(num_blocks, text.num_kv_heads, text.head_dim, block_size)
+        shapes: list[tuple[tuple[int, ...], torch.dtype]] = [(k_shape, dtype), (v_shape, dtype)]
+        if dtype == torch.int8:
+            shapes += 2 * [(kv_scale_shape(num_blocks, text.num_kv_heads, block_size), torch.float32)]
         try:
             self.kv_cache = [
-                (_zeros(k_shape, dtype, device), _zeros(v_shape, dtype, device))
+                LayerCache(*(_zeros(shape, of, device) for shape, of in shapes))
                 for _ in range(text.num_layers)
             ]
         except (RuntimeError, MemoryError) as error:  # torch's allocators raise RuntimeError
             reason = str(error).partition("\n")[0]
             raise ConfigError(f"a KV cache of {num_blocks} blocks cannot be allocated: {reason}") from None
-        self.encode_s = 0.0
-        """Seconds spent in image encoding."""
+        self.clock = DeviceClock(device)
+        self._marks: tuple[Any, Any, Any] | None = None
+        """Of the last step: before its images, after them, after the decoder."""
+        self._encode_tokens = _CPU_ENCODE_TOKENS if device.type == "cpu" else 1 << 30
         self._block_tables = np.zeros((max_num_seqs, -(-max_model_len // block_size)), dtype=np.int32)
 
     def execute(self, plan: StepPlan) -> Tensor:
         """Run one step. Returns logits float32 `[R, V]`: for each of `plan.wanting()` a row after its last token, and one
         after each token of its draft.
         """
+        begun = self.clock.mark()
         self._encode(plan.encode)
+        encoded = self.clock.mark()
+        logits = self._decode(plan)
+        self._marks = begun, encoded, self.clock.mark()
+        return logits
+
+    def seconds(self, plan: StepPlan) -> tuple[float, float]:
+        """Seconds that the device took for the images and for the decoder of `plan`, the last step that was executed.
+
+        The images' are added to their pages' timelines. Call it when the step's tokens are there: before, it waits for them.
+        """
+        if self._marks is None:
+            return 0.0, 0.0
+        begun, encoded, ended = self._marks
+        self._marks = None
+        images = self.clock.seconds(begun, encoded) if plan.encode else 0.0
+        patches = sum(len(image.patches) for _, image in plan.encode)
+        for seq, image in plan.encode:
+            seq.timeline.vision += images * len(image.patches) / patches
+        return images, self.clock.seconds(encoded, ended)
+
+    def _decode(self, plan: StepPlan) -> Tensor:
         for source, destination in plan.copies:
-            for keys, values in self.kv_cache:
-                keys[destination] = keys[source]
-                values[destination] = values[source]
+            for layer in self.kv_cache:
+                for tensor in layer:
+                    if tensor is not None:
+                        tensor[destination] = tensor[source]
         if not plan.work:
             return torch.empty(0, self.model.config.text.vocab_size)
         return self.model.decoder(self._lay_out(plan), self.kv_cache)
 
     def _encode(self, encode: list[tuple[Sequence, SequenceImage]]) -> None:
-        if not encode:
-            return
-        started = time.perf_counter()
-        embeddings = self.model.vision([(torch.from_numpy(image.patches), image.grid) for _, image in encode])
-        seconds = time.perf_counter() - started
-        self.encode_s += seconds
-        patches = sum(len(image.patches) for _, image in encode)
-        for (seq, image), embedding in zip(encode, embeddings, strict=True):
+        while encode:
+            count, tokens = 1, encode[0][1].num_tokens
+            while count < len(encode) and tokens + encode[count][1].num_tokens <= self._encode_tokens:
+                tokens += encode[count][1].num_tokens
+                count += 1
+            self._encode_together(encode[:count])
+            encode = encode[count:]
+
+    def _encode_together(self, encode: list[tuple[Sequence, SequenceImage]]) -> None:
+        embeddings = self.model.vision(
+            [(torch.from_numpy(image.patches), torch.tensor(image.levels), image.grid) for _, image in encode]
+        )
+        for (_, image), embedding in zip(encode, embeddings, strict=True):
             self.images.put(image.digest, embedding)
-            seq.timeline.vision += seconds * len(image.patches) / patches
 
     def _lay_out(self, plan: StepPlan) -> RaggedBatch:
         """Flatten the plan's work. Per-token arrays are built from per-sequence ones without a Python loop over tokens."""
         work, block_size = plan.work, self.block_size
-        counts = np.fromiter((n for _, n in work), dtype=np.int64, count=len(work))
-        starts = np.fromiter((seq.num_computed for seq, _ in work), dtype=np.int64, count=len(work))
-        deltas = np.fromiter((seq.position_delta for seq, _ in work), dtype=np.int64, count=len(work))
-        rows = np.fromiter((seq.row for seq, _ in work), dtype=np.int64, count=len(work))
-        query_start = np.zeros(len(work) + 1, dtype=np.int64)
-        np.cumsum(counts, out=query_start[1:])
-
         token_ids: list[int] = []
         logit_rows: list[int] = []
         prefills: list[tuple[int, Sequence, int]] = []
-        for first, (seq, n) in zip(query_start.tolist(), work, strict=False):
+        of_work: list[tuple[int, int, int, int]] = []
+        first = 0
+        for seq, n in work:
             start, total = seq.num_computed, len(seq.token_ids)
             if n == 1:
                 token_ids.append(seq.token_ids[start])
@@ -118,13 +177,21 @@ class Runner:
                 new = seq.block_table[seq.num_synced :]
                 self._block_tables[seq.row, seq.num_synced : seq.num_synced + len(new)] = new
                 seq.num_synced = len(seq.block_table)
+            of_work.append((start, n, seq.position_delta, seq.row))
+            first += n
 
-        of_sequence = np.repeat(np.arange(len(work)), counts)
-        index = np.arange(query_start[-1]) - (query_start[:-1] - starts)[of_sequence]
-        slots = self._block_tables[rows[of_sequence], index // block_size].astype(np.int64) * block_size
-        slots += index % block_size
-        positions = np.empty((3, len(index)), dtype=np.int64)
-        positions[:] = index + deltas[of_sequence]
+        starts, counts, deltas, rows = np.array(of_work, dtype=np.int64).T
+        query_start = np.zeros(len(work) + 1, dtype=np.int32)
+        counts.cumsum(out=query_start[1:])
+        if first == len(work):  # one token each: a step that only decodes
+            index, row, delta = starts, rows, deltas
+        else:
+            index = np.arange(first) + (starts - query_start[:-1]).repeat(counts)
+            row, delta = rows.repeat(counts), deltas.repeat(counts)
+        block, offset = np.divmod(index, block_size)
+        slots = self._block_tables[row, block] * np.int64(block_size) + offset
+        positions = np.empty((3, first), dtype=np.int64)
+        positions[:] = index + delta
         image_rows: list[npt.NDArray[np.int64]] = []
         image_embeds: list[Tensor] = []
         for first, seq, n in prefills:
@@ -137,17 +204,18 @@ class Runner:
                     image_rows.append(np.arange(low, high) - start + first)
                     image_embeds.append(self.images.get(image.digest)[low - image.start : high - image.start])
 
-        width = -(-int((starts + counts).max()) // block_size)
+        context_lens = (starts + counts).astype(np.int32)
+        width = -(-int(context_lens.max()) // block_size)
         device = self.device
         return RaggedBatch(
-            token_ids=torch.tensor(token_ids, dtype=torch.int64, device=device),
+            token_ids=torch.from_numpy(np.array(token_ids, dtype=np.int64)).to(device),
             positions=torch.from_numpy(positions).to(device),
             max_position=int(positions.max()),
             slots=torch.from_numpy(slots).to(device),
-            query_start=torch.from_numpy(query_start.astype(np.int32)).to(device),
-            context_lens=torch.from_numpy((starts + counts).astype(np.int32)).to(device),
+            query_start=torch.from_numpy(query_start).to(device),
+            context_lens=torch.from_numpy(context_lens).to(device),
             block_tables=torch.from_numpy(self._block_tables[rows, :width]).to(device),
-            logit_rows=torch.tensor(logit_rows, dtype=torch.int64, device=device),
+            logit_rows=torch.from_numpy(np.array(logit_rows, dtype=np.int64)).to(device),
             image_rows=torch.from_numpy(np.concatenate(image_rows)).to(device) if image_rows else None,
             image_embeds=torch.cat(image_embeds) if image_embeds else None,
         )

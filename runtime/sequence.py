@@ -27,8 +27,10 @@ class SequenceImage:
     grid: Grid
     digest: bytes
     """128-bit content digest of the patches."""
-    patches: npt.NDArray[np.float32]
-    """float32 `[t*h*w, patch_dim]`, kept until the sequence ends: preemption may need them again."""
+    levels: npt.NDArray[np.float32]
+    """float32 `[channels, 256]`, what a byte of the patches stands for."""
+    patches: npt.NDArray[np.uint8]
+    """uint8 `[t*h*w, channels * patch_size**2]`, kept until the sequence ends: preemption may need them again."""
 
     @property
     def end(self) -> int:

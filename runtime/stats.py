@@ -12,8 +12,9 @@ class EngineStats:
     """Counters since the engine was made. `since` gives those of a span; all but the last three only grow.
 
     Tokens are counted in the step that computes them, each under one of `prefill`, `decode`, `recompute` and
-    `rejected_draft`. Seconds are those of the engine's thread: what other threads do beside it does not count. On a GPU,
-    whose work runs behind, they count where the engine waits for it.
+    `rejected_draft`. Seconds are those of the engine's thread: what other threads do beside it does not count. Of a
+    GPU, whose work runs behind the thread, images and decoder count by the device's own events, and what the thread does
+    meanwhile does not: the stages add up to the time that passed.
     """
 
     steps: int = 0

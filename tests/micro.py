@@ -11,6 +11,7 @@ from pagemill import kernels
 from pagemill.config import EngineConfig
 from pagemill.core import EngineCore
 from pagemill.decode.sampler import SamplingParams, Want, sample
+from pagemill.kernels.pixels import normalisation, pixel_values_reference
 from pagemill.model.config import read_config
 from pagemill.model.loader import load_model
 from pagemill.model.prompt import Prompter
@@ -18,6 +19,15 @@ from pagemill.pages.preprocess import PreparedImage
 from pagemill.runner import block_bytes
 
 IMAGE = 2046
+LEVELS = normalisation((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+
+
+def shown(image, moments=2):
+    """What a tower reads of a prepared image: float32 `[patches, 3 * moments * patch_size**2]`."""
+    patches = torch.from_numpy(image.patches)
+    out = torch.empty(len(patches), moments * patches.shape[1])
+    pixel_values_reference(patches, torch.arange(len(patches)), torch.tensor(image.levels), moments, out)
+    return out
 
 
 def look_alikes():
@@ -25,12 +35,12 @@ def look_alikes():
     random = np.random.default_rng(0)
     images = []
     for h, w, copies in ((4, 6, 3), (2, 2, 2), (6, 4, 1)):
-        base = random.standard_normal((h * w, 1176)).astype(np.float32)
+        base = random.integers(0, 256, (h * w, 588), dtype=np.uint8)
         for copy in range(copies):
             patches = base.copy()
-            patches[1] = 3 * random.standard_normal(1176)
+            patches[1] = random.integers(0, 256, 588)
             key = f"{h}x{w} {copy}".encode().ljust(16)
-            images.append(PreparedImage(patches, (1, h, w), h * w // 4, key))
+            images.append(PreparedImage(patches, LEVELS, (1, h, w), h * w // 4, key))
     return images
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from micro import IMAGE, Ask, drain
+from micro import IMAGE, Ask, drain, shown
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from pagemill import Engine, Request, SamplingParams, core
@@ -51,7 +51,7 @@ def test_agrees_with_transformers(engine):
             input_ids=tokens,
             attention_mask=torch.ones_like(tokens),
             mm_token_type_ids=(tokens == model.config.image_token_id).int(),
-            pixel_values=torch.from_numpy(image.patches),
+            pixel_values=shown(image),
             image_grid_thw=torch.tensor([image.grid]),
         ).logits[0]
     expected = logits[len(prompt) - 1 : -1].log_softmax(-1).gather(-1, tokens[0, len(prompt) :, None])[:, 0]
@@ -130,7 +130,7 @@ def test_neither_company_nor_chunks_nor_budgets_change_a_score(world, pairs, oth
         assert alone.stats.steps == (1 if len(reference) == 1 else 2)
         expected.append(seq.logprobs)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(core, "_GIVEN_ROWS", rows)
+        patch.setattr(core, "GIVEN_ROWS", rows)
         together = world.core(num_blocks=blocks, block_size=8, max_step_tokens=step, max_num_seqs=3)
         ordinary = [world.add(together, ask) for ask in others]
         scored = [score(world, together, *pair) for pair in pairs]

@@ -102,7 +102,6 @@ def test_file_given_twice_is_read_once_and_said(folder: Path) -> None:
     [
         (["missing.png"], "missing.png"),
         (["b.png", "--model", "nowhere"], "nowhere is neither a folder nor a known checkpoint."),
-        (["b.png", "--quantize", "int8"], "--quantize int8 is not supported yet"),
         (["b.png", "-o", "out.csv"], "--format jsonl|json|md|txt"),
         (["b.png", "-o", "missing/out.jsonl"], "cannot write"),
         (["b.png", "-o", "."], "the suffix names no format"),

@@ -246,7 +246,7 @@ def test_logits_that_are_not_finite_end_their_sequence_only(world):
     core = world.core()
     good = Ask((1, 2, 3), (), 6)
     seq, bad = world.add(core, good), world.add(core, Ask((1, IMAGE, 2), (3,), 6))
-    bad.images[0].patches = np.full_like(bad.images[0].patches, np.nan)
+    bad.images[0].levels = np.full_like(bad.images[0].levels, np.nan)
     drain(core)
     assert bad.finish_reason == "error"
     assert seq.output_ids == world.reference(good)

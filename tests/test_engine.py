@@ -304,23 +304,40 @@ def test_bad_requests_answer_with_their_reason(engine):
         assert "Traceback" not in output.error
 
 
+def one_image(patches=None, levels=None, grid=(1, 4, 6), tokens=6):
+    patches = np.zeros((24, 588), np.uint8) if patches is None else patches
+    levels = np.zeros((3, 256), np.float32) if levels is None else levels
+    return Request([1, 2046, 3], images=[PreparedImage(patches, levels, grid, tokens, b"x" * 16)])
+
+
 @pytest.mark.parametrize(
     "request_",
     [
         Request([1, 2, 3], params={"max_new_tokens": 5}),
         Request([1, 2, 3], priority="high"),
         Request([1.5] * 40),
-        Request(
-            [1, 2046, 3], images=[PreparedImage(np.zeros((24, 1176), np.float32), (1, 4, 6), 5, b"x" * 16)]
-        ),
-        Request([1, 2046, 3], images=[PreparedImage(np.zeros((24, 9), np.float32), (1, 4, 6), 6, b"x" * 16)]),
-        Request(
-            [1, 2046, 3], images=[PreparedImage(np.zeros((3, 1176), np.float32), (1, 1, 3), 0, b"x" * 16)]
-        ),
+        one_image(tokens=5),
+        one_image(patches=np.zeros((24, 9), np.uint8)),
+        one_image(patches=np.zeros((3, 588), np.uint8), grid=(1, 1, 3), tokens=0),
+        one_image(patches=np.zeros((24, 588), np.float32)),
+        one_image(levels=np.zeros((3, 255), np.float32)),
+        one_image(levels=np.zeros((3, 256))),
         Request(7),
         Request([1, 2, 3], images=[3.5]),
     ],
-    ids=["params", "priority", "float tokens", "token count", "patch width", "odd grid", "prompt", "image"],
+    ids=[
+        "params",
+        "priority",
+        "float tokens",
+        "token count",
+        "patch width",
+        "odd grid",
+        "float patches",
+        "few levels",
+        "wide levels",
+        "prompt",
+        "image",
+    ],
 )
 def test_malformed_requests_harm_nobody(engine, request_):
     good = Request([1, 2, 3], params=SamplingParams(max_new_tokens=4))
@@ -443,9 +460,13 @@ def test_threads_are_set_for_the_native_kernels_too():
         _native.set_num_threads(before)
 
 
-def test_the_kv_budget_is_what_is_allocated():
-    with Engine.from_pretrained("pagemill-tiny", kv_cache_bytes=20_000_000) as engine:
-        allocated = sum(k.nbytes + v.nbytes for k, v in engine.core.runner.kv_cache)
+@pytest.mark.parametrize("dtype", ["auto", "int8"])
+def test_the_kv_budget_is_what_is_allocated(dtype):
+    options = dict(kv_cache_bytes=20_000_000, kv_cache_dtype=dtype)
+    with Engine.from_pretrained("pagemill-tiny", **options) as engine:
+        allocated = sum(
+            part.nbytes for layer in engine.core.runner.kv_cache for part in layer if part is not None
+        )
         assert 19_000_000 < allocated <= 20_000_000
 
 

@@ -410,7 +410,7 @@ def test_broken_logits_cost_a_guided_page_alone(world):
         for more in ({}, dict(temperature=1.0, seed=0), dict(repetition_penalty=1.5))
     ]
     for one in bad:
-        one.images[0].patches = np.full_like(one.images[0].patches, np.nan)
+        one.images[0].levels = np.full_like(one.images[0].levels, np.nan)
     drain(core)
     core.close()
     for one in bad:

@@ -41,6 +41,7 @@ stderr = Console(stderr=True)
 
 Device = Literal["cpu", "cuda"]
 DType = Literal["auto", "bfloat16", "float32"]
+KvCacheDType = Literal["auto", "int8"]
 
 ModelOption = Annotated[
     str,
@@ -55,6 +56,20 @@ DeviceOption = Annotated[Device, typer.Option("--device", help="Where the model 
 DTypeOption = Annotated[
     DType,
     typer.Option("--dtype", help="Arithmetic; auto is what the checkpoint is stored in."),
+]
+QuantizeOption = Annotated[
+    Literal["none", "int8", "int4"],
+    typer.Option(
+        "--quantize",
+        help="Round the weights while loading: int8, or int4 (the decoder; the rest int8). Faster, and smaller.",
+    ),
+]
+WeightCacheOption = Annotated[
+    Literal["auto", "on", "off"],
+    typer.Option(
+        "--weight-cache",
+        help="Keep the packed weights in the user's cache folder, for later starts to map; auto does from 1 GB on.",
+    ),
 ]
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
@@ -78,6 +93,13 @@ KvCacheOption = Annotated[
         callback=not_nan,
         metavar="X",
         help="Memory for the KV cache, in GB.",
+    ),
+]
+KvCacheDTypeOption = Annotated[
+    KvCacheDType,
+    typer.Option(
+        "--kv-cache-dtype",
+        help="What the KV cache is stored in; auto is the arithmetic, int8 holds twice the pages.",
     ),
 ]
 
@@ -120,11 +142,20 @@ def load_engine(
     device: Device,
     dtype: DType,
     *,
+    quantize: str = "none",
+    weight_cache: str = "auto",
     concurrency: int | None = None,
     kv_cache_gb: float | None = None,
+    kv_cache_dtype: KvCacheDType = "auto",
 ) -> Engine:
     """Load a model with the options that most commands have."""
-    options: dict[str, Any] = {"device": device, "dtype": dtype}
+    options: dict[str, Any] = {
+        "device": device,
+        "dtype": dtype,
+        "quantize": quantize,
+        "weight_cache": weight_cache,
+        "kv_cache_dtype": kv_cache_dtype,
+    }
     if concurrency is not None:
         options["max_num_seqs"] = concurrency
     if kv_cache_gb is not None:

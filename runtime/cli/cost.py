@@ -15,9 +15,11 @@ from pagemill.cli.common import (
     DebugOption,
     DeviceOption,
     DTypeOption,
+    KvCacheDTypeOption,
     KvCacheOption,
     MaxNewTokensOption,
     ModelOption,
+    QuantizeOption,
     app,
     make_engine,
     not_nan,
@@ -44,6 +46,7 @@ def bench(
     model: ModelOption = "pagemill-tiny",
     device: DeviceOption = "cpu",
     dtype: DTypeOption = "auto",
+    quantize: QuantizeOption = "none",
     concurrency: Annotated[
         int, typer.Option("--concurrency", min=1, max=4096, metavar="N", help="Pages in the model at a time.")
     ] = 32,
@@ -69,7 +72,7 @@ def bench(
         typer.Option(
             "--sweep",
             metavar="NAME=A,B,...",
-            help="One run for each value of concurrency, rate, dtype, resolution, guard, guidance, drafts, threads, ...; "
+            help="One run for each value of concurrency, rate, dtype, quantize, resolution, guard, drafts, threads, ...; "
             "several sweeps multiply.",
         ),
     ] = None,
@@ -90,6 +93,7 @@ def bench(
     ] = "auto",
     max_new_tokens: MaxNewTokensOption = None,
     kv_cache_gb: KvCacheOption = None,
+    kv_cache_dtype: KvCacheDTypeOption = "auto",
     threads: Annotated[
         int | None, typer.Option("--threads", min=1, max=4096, metavar="N", help="Threads of the kernels.")
     ] = None,
@@ -139,10 +143,12 @@ def bench(
     """
     with sentences(debug):
         from pagemill.cost import bench as measure
+        from pagemill.cost import workload as asked
 
-        base = measure.Settings(
+        base = asked.Settings(
             model=model,
             dtype=dtype,
+            quantize=quantize,
             device=device,
             concurrency=concurrency,
             rate=rate,
@@ -152,13 +158,14 @@ def bench(
             resolution=resolution,
             max_new_tokens=max_new_tokens,
             kv_cache_gb=kv_cache_gb,
+            kv_cache_dtype=kv_cache_dtype,
             threads=threads,
         )
-        runs = measure.sweep(base, sweep or [])
-        paid = None if price is None else measure.price_of(price)
+        runs = asked.sweep(base, sweep or [])
+        paid = None if price is None else asked.price_of(price)
         if output is not None:
             measure.check_writable(output)
-        load = measure.load_workload(
+        load = asked.load_workload(
             inputs or [], pages=pages, truth=truth, seed=seed, warmup=warmup, repeats=repeats
         )
         with measure.Progress(stderr, len(runs), load) as progress:
@@ -253,6 +260,7 @@ def compare(
     ] = 150.0,
     device: DeviceOption = "cpu",
     dtype: DTypeOption = "auto",
+    quantize: QuantizeOption = "none",
     output: Annotated[
         str | None,
         typer.Option("-o", "--output", metavar="RESULT.json", help="File to write, after every engine."),
@@ -277,8 +285,9 @@ def compare(
     with sentences(debug):
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as in `make_engine`
         from pagemill.cost import compare as comparison
-        from pagemill.cost.bench import Progress, Workload, check_writable, write
+        from pagemill.cost.bench import Progress, check_writable, write
         from pagemill.cost.engines import ReadOptions, parse_engine
+        from pagemill.cost.workload import Workload
 
         specs = [parse_engine(given) for given in engine]
         names = [spec.name for spec in specs]
@@ -295,6 +304,7 @@ def compare(
             timeout=timeout,
             device=device,
             dtype=dtype,
+            quantize=quantize,
         )
         with Progress(stderr, len(specs), Workload([], pages.refs, len(pages.refs))) as progress:
             result = comparison.compare(
@@ -333,8 +343,14 @@ def simulate(
         ),
     ] = "3b",
     precision: Annotated[
-        str, typer.Option("--precision", metavar="NAME", help="bfloat16, fp8, int8, int4 or float32.")
+        str,
+        typer.Option(
+            "--precision",
+            metavar="NAME",
+            help="bfloat16 or float32; int8 or int4, as --quantize makes them; fp8, w8a8 or w4a16: the decoder alone.",
+        ),
     ] = "bfloat16",
+    kv_cache_dtype: KvCacheDTypeOption = "auto",
     pages: Annotated[
         int, typer.Option("--pages", min=1, max=100_000_000, metavar="N", help="Pages to read.")
     ] = 10_000,
@@ -495,6 +511,7 @@ def simulate(
             devices=ask.words(device),
             shape=shape,
             precision=precision,
+            kv_cache_dtype=kv_cache_dtype,
             concurrency=ask.integers("concurrency", concurrency),
             kv_cache_gb=(None,) if kv_cache_gb is None else ask.numbers("kv-cache-gb", kv_cache_gb),
             guards=ask.guards(guard),

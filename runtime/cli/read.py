@@ -19,9 +19,12 @@ from pagemill.cli.common import (
     DebugOption,
     DeviceOption,
     DTypeOption,
+    KvCacheDTypeOption,
     KvCacheOption,
     MaxNewTokensOption,
     ModelOption,
+    QuantizeOption,
+    WeightCacheOption,
     app,
     load_engine,
     loading,
@@ -32,7 +35,7 @@ from pagemill.cli.common import (
     sentences,
     stderr,
 )
-from pagemill.errors import ConfigError, printable
+from pagemill.errors import printable
 
 if TYPE_CHECKING:
     from pagemill.jobs import Output
@@ -108,15 +111,14 @@ def read(
     ] = "auto",
     device: DeviceOption = "cpu",
     dtype: DTypeOption = "auto",
-    quantize: Annotated[
-        Literal["int8", "int4"] | None,
-        typer.Option("--quantize", help="Quantise the weights (not supported yet)."),
-    ] = None,
+    quantize: QuantizeOption = "none",
     concurrency: Annotated[
         int | None,
         typer.Option("--concurrency", min=1, max=4096, metavar="N", help="Pages in the model at a time."),
     ] = None,
     kv_cache_gb: KvCacheOption = None,
+    kv_cache_dtype: KvCacheDTypeOption = "auto",
+    weight_cache: WeightCacheOption = "auto",
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no summary.")] = False,
     debug: DebugOption = False,
 ) -> None:
@@ -141,10 +143,6 @@ def read(
         pagemill read book.pdf --format txt | less
     """
     with sentences(debug):
-        if quantize is not None:
-            raise ConfigError(
-                f"--quantize {quantize} is not supported yet: leave it out to run the checkpoint as it is."
-            )
         conforming = read_guidance(guidance)
         # Here and below: what is slow to import waits until it is needed, so that --help is instant.
         from pagemill.jobs import list_inputs, open_output, run
@@ -163,7 +161,16 @@ def read(
             to_terminal = not target.resumable and sys.stdout.isatty()
             live = stderr.is_terminal and not quiet and not to_terminal
             with loading(model) if live else nullcontext():
-                engine = load_engine(model, device, dtype, concurrency=concurrency, kv_cache_gb=kv_cache_gb)
+                engine = load_engine(
+                    model,
+                    device,
+                    dtype,
+                    quantize=quantize,
+                    weight_cache=weight_cache,
+                    concurrency=concurrency,
+                    kv_cache_gb=kv_cache_gb,
+                    kv_cache_dtype=kv_cache_dtype,
+                )
             with engine:
                 from pagemill.decode.sampler import SamplingParams
 
@@ -201,12 +208,14 @@ def describe(
     model: ModelOption = "pagemill-tiny",
     device: DeviceOption = "cpu",
     dtype: DTypeOption = "auto",
+    quantize: QuantizeOption = "none",
+    weight_cache: WeightCacheOption = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, also on a terminal.")] = False,
     debug: DebugOption = False,
 ) -> None:
     """Load a model and print what would run: dtype, kernels, memory. JSON when not on a terminal."""
     with sentences(debug):
-        with load_engine(model, device, dtype) as engine:
+        with load_engine(model, device, dtype, quantize=quantize, weight_cache=weight_cache) as engine:
             facts = engine.describe()
         if as_json or not sys.stdout.isatty():
             print(json.dumps(facts, indent=2, ensure_ascii=False, default=str), flush=True)

@@ -33,9 +33,10 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from pagemill.cost.bench import SCHEMA, price_of
+from pagemill.cost.bench import SCHEMA
 from pagemill.cost.engines import Answer, EngineSpec, Outcome, Pagemill, ReadOptions, fields_of
 from pagemill.cost.environment import environment
+from pagemill.cost.workload import price_of
 from pagemill.decode.alignment import Alignment
 from pagemill.decode.page import FIELDS
 from pagemill.engine import Engine

@@ -43,7 +43,8 @@ from urllib.parse import SplitResult, parse_qs, urlsplit
 import numpy as np
 from PIL import Image
 
-from pagemill.cost.bench import Settings, Workload, drive, measure, percentiles
+from pagemill.cost.bench import drive, measure, percentiles
+from pagemill.cost.workload import Settings, Workload
 from pagemill.decode.page import parse_page
 from pagemill.engine import Engine
 from pagemill.errors import ConfigError, PagemillError, printable
@@ -104,6 +105,8 @@ class ReadOptions:
     """Seconds for one page of an endpoint or a program."""
     device: str = "cpu"
     dtype: str = "auto"
+    quantize: str = "none"
+    """Of pagemill's engines, as `device` and `dtype`."""
     backoff: float = 1.0
     """Seconds before an endpoint that is busy is asked again; doubled every time."""
 
@@ -225,6 +228,7 @@ class Pagemill(_Base):
         self.settings = Settings(
             model=model,
             dtype=options.dtype,
+            quantize=options.quantize,
             device=options.device,
             concurrency=options.concurrency or Settings.concurrency,
             max_new_tokens=options.max_new_tokens,

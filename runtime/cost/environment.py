@@ -18,12 +18,14 @@ _PACKAGES = ("pagemill", "torch", "numpy", "tokenizers", "llguidance", "pillow",
 
 def environment(packages: Sequence[str] = ()) -> dict[str, Any]:
     """Return date (UTC), command, machine, cores, memory, load, versions of what matters and of `packages`, and the commit."""
-    program = os.path.basename(sys.argv[0])
-    if program == "__main__.py":  # python -m pagemill
-        program = "pagemill"
+    program = [os.path.basename(sys.argv[0])]
+    if program == ["__main__.py"]:  # python -m pagemill
+        program = ["pagemill"]
+    elif program[0].endswith(".py"):
+        program = ["python", os.path.relpath(sys.argv[0])]
     return {
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        "command": shlex.join([program, *sys.argv[1:]]),
+        "command": shlex.join([*program, *sys.argv[1:]]),
         "machine": _processor(),
         "cores": len(os.sched_getaffinity(0)),
         "memory_bytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),

@@ -2,9 +2,9 @@
 
 A roofline (Williams et al., CACM 2009), one roof for each group of kernels, since they run one after another: a step's matrix
 products take the longer of their arithmetic and of reading the weights, attention the longer of its arithmetic and of reading
-keys and values. `StepCost` is the time of one step; the closed form below sums it over a page's share of the steps of a full
-batch, and the simulator calls it step by step. What a device really reaches of its limits stands in `Efficiency`, with its
-origin.
+keys and values. `StepCost` is the time of one step. The closed form (`predict`) sums it over a page's share of the steps of a
+full batch, or over those of a run whose batch fills, is full and empties; the simulator calls it step by step. What a device
+really reaches of its limits stands in `Efficiency`, with its origin.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -81,30 +82,46 @@ class Precision:
     arithmetic: str
     """Which peak rate the decoder's layers run at."""
     vision_bytes: float = 2
-    """Bytes of one weight of the vision tower and of the output layer, which stay unquantised, and of one activation."""
+    """Bytes of one weight of the vision tower, the embedding and the output layer."""
     vision_arithmetic: str = "bfloat16"
+    attention: str = "bfloat16"
+    """Which peak rate attention runs at: it is not quantised."""
+    activation_bytes: float = 2
+    """Bytes of one number between the matrix products."""
     kv_bytes: float = 2
-    """Bytes of one element of the KV cache."""
+    """Bytes of one element of the KV cache, scales included."""
 
 
 PRECISIONS = {
     p.name: p
     for p in (
-        Precision("float32", 4, "float32", 4, "float32", 4),
+        Precision("float32", 4, "float32", 4, "float32", "float32", 4, 4),
         Precision("bfloat16", 2, "bfloat16"),
+        # What `EngineConfig.quantize` makes: int8 everywhere; or 4 bits in the decoder, with a scale of 32 and a zero of 8 for
+        # every 128 weights, multiplied in int8, and int8 in the tower and the output layer. A scale a row counts for nothing.
+        Precision("int8", 1, "int8", 1, "int8"),
+        Precision("int4", 0.5 + 5 / 128, "int8", 1, "int8"),
+        # What published checkpoints mostly are: the decoder alone is quantised.
         Precision("fp8", 1, "fp8"),
-        Precision("int8", 1, "int8"),
-        # 4 bits, and a scale of 16 and a zero of 4 for every 128 weights; multiplied in bfloat16.
-        Precision("int4", 0.5 + 2.5 / 128, "bfloat16"),
+        Precision("w8a8", 1, "int8"),
+        Precision("w4a16", 0.5 + 2.5 / 128, "bfloat16"),
     )
 }
+_KV_BYTES = {"int8": 1 + 4 / 128}  # a scale of 32 bits for each head of a token
+KV_DTYPES = ("auto", *_KV_BYTES)
+"""Of the KV cache, as `EngineConfig.kv_cache_dtype`; auto is as the activations."""
 
 
-def find_precision(name: str) -> Precision:
-    """Return a precision by its name. Raises `ConfigError`, naming those there are."""
+def find_precision(name: str, kv_cache_dtype: str = "auto") -> Precision:
+    """Return a precision by its name, with another KV cache if asked for. Raises `ConfigError`, naming those there are."""
     if name not in PRECISIONS:
         raise ConfigError(f"unknown precision {name!r}; known are {', '.join(PRECISIONS)}")
-    return PRECISIONS[name]
+    if kv_cache_dtype not in KV_DTYPES:
+        raise ConfigError(f"unknown kv_cache_dtype {kv_cache_dtype!r}; known are {', '.join(KV_DTYPES)}")
+    found = PRECISIONS[name]
+    if kv_cache_dtype == "auto":
+        return found
+    return replace(found, name=f"{name}, KV {kv_cache_dtype}", kv_bytes=_KV_BYTES[kv_cache_dtype])
 
 
 @dataclass(frozen=True)
@@ -299,10 +316,10 @@ class StepCost:
         self._layer_read_s = precision.weight_bytes * shape.layer_params / bandwidth
         self._head_s = 2 * shape.head_params / (vision_rate * e.matmul)
         self._head_read_s = precision.vision_bytes * shape.head_params / bandwidth
-        self._activation_s = precision.vision_bytes * e.activation_s
+        self._activation_s = precision.activation_bytes * e.activation_s
         self._vision_rate = vision_rate * e.vision
         self._vision_read_s = precision.vision_bytes * (shape.vision_params + shape.merger_params) / bandwidth
-        attention_rate = device.attention.get(precision.vision_arithmetic, vision_rate)
+        attention_rate = device.attention.get(precision.attention) or device.rate(precision.attention)
         self._attention_rate = attention_rate * e.attention
         self._kv_read_s = shape.kv_bytes(precision) / bandwidth
         self.context_s = max(shape.attention_flops / self._attention_rate, self._kv_read_s)
@@ -368,7 +385,7 @@ def memory(
     image = (
         shape.unit * max(pages.image_tokens, 4096) * (2 * vision.intermediate_size + 5 * vision.hidden_size)
     )
-    workspace = _RESERVED * device.memory + precision.vision_bytes * (step + image)
+    workspace = _RESERVED * device.memory + precision.activation_bytes * (step + image)
     # The mean deviation of a log-normal of this sigma, as a share of the mean.
     deviation = 2 * math.erf(pages.output_sigma / math.sqrt(8))
     tokens = pages.prompt_tokens + pages.output_tokens * (1 + deviation)
@@ -379,7 +396,7 @@ def memory(
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a full batch does, pages arriving as fast as they are read. Seconds are the device's for one page."""
+    """What a full batch does, pages arriving as fast as they are read, or a run of some. Seconds are the device's for a page."""
 
     concurrency: int
     prepare_s: float
@@ -408,17 +425,97 @@ class Prediction:
         return {name: float(getattr(self, f"{name}_s")) for name in names}
 
 
+@dataclass(frozen=True)
+class _Stretch:
+    """Steps of a run that are alike. Numbers are means, and need not be whole."""
+
+    steps: float
+    rows: float
+    """Pages that decode in each."""
+    prefilled: float = 0.0
+    """Prompt tokens in each, beside them."""
+    ended: float = 0.0
+    """Prompts that end in each."""
+
+    def matmul_s(self, cost: StepCost) -> float:
+        return self.steps * cost.matmul_s(self.rows + self.prefilled, self.rows + self.ended)
+
+
+def _full(pages: float, decodes: float, prompt: float, places: int, room: int) -> list[_Stretch]:
+    """A full batch that takes in so many pages and makes `decodes` tokens of any page's; a step holds `room` tokens.
+
+    A page's life in steps: chunks of its prefill beside the others' decoding, then one step a token.
+    """
+    chunks = pages * max(prompt / (room - places + 1), 1.0)
+    steps = (chunks + decodes) / places
+    if steps > chunks:  # some steps carry a prefill, the others only decode
+        rows = decodes / steps
+        mixed = [_Stretch(chunks, rows, pages * prompt / chunks, pages / chunks)] if chunks else []
+        return [*mixed, _Stretch(steps - chunks, rows)]
+    if steps := max(steps, (pages * prompt + decodes) / room):
+        return [_Stretch(steps, decodes / steps, pages * prompt / steps, pages / steps)]
+    return []
+
+
+def _run(count: int, stats: PageStats, places: int, room: int) -> list[_Stretch]:
+    """A run of `count` pages that are all there at the start: the batch fills, is full, and empties.
+
+    It fills in steps full of prefill, beside which the first pages already decode. It empties from the moment when no page waits:
+    how many of its pages still run follows from the distribution of their lengths L, log-normal. Of pages that all began
+    together, a share P(L > t) has more than t tokens to go; in a batch long under way, where a page is met at any age (a renewal
+    process in equilibrium), E[max(L - t, 0)] / E[L]. As long as fewer pages waited than there are places, it is between the two.
+    """
+    decodes, prompt = max(stats.output_tokens - 1, 0.0), stats.prompt_tokens
+    # A page that ends before the batch is full makes room for another: then it never is.
+    places = min(count, places, math.ceil(1 + decodes * room / prompt))
+    steps = max(places * (prompt - 0.5) / (room - places / 2), 1.0)
+    sigma = math.hypot(stats.output_sigma, stats.image_sigma)
+
+    def above(t: float) -> tuple[float, float]:
+        """P(L > t) and E[max(L - t, 0)]."""
+        if t <= 0 or not sigma:
+            return float(t < decodes), max(decodes - t, 0.0)
+        z = math.log(t / decodes) / sigma
+        longer = math.erfc((z + sigma / 2) / math.sqrt(2)) / 2
+        return longer, decodes * math.erfc((z - sigma / 2) / math.sqrt(2)) / 2 - t * longer
+
+    begun = min(
+        (steps - 1) / 2, decodes
+    )  # tokens that a page of any length has when the batch is full, on average
+    made = places * (decodes - above(begun)[1])
+    filling = _Stretch(steps, made / steps, places * prompt / steps, places / steps)
+    mixed = min(count / places - 1, 1.0)
+
+    def left(t: float) -> float:
+        """Share of the pages with more than `t` tokens to go when no page waits."""
+        together, at_any_age = above(t + begun)[0], above(t)[1] / decodes
+        return (1 - mixed) * together + mixed * at_any_age
+
+    emptying = []
+    end = decodes * math.exp(5 * sigma)  # hardly any page is longer
+    for low, high in pairwise(end * (i / 200) ** 2 for i in range(201)) if decodes else ():
+        share = left((low + high) / 2)
+        # The chance that any page does; exact for a share that is hardly any.
+        runs = 1.0 if share >= 1 else -math.expm1(places * math.log1p(-share))
+        if runs:
+            emptying.append(_Stretch((high - low) * runs, places * share / runs))
+    rest = count * decodes - made - sum(s.steps * s.rows for s in emptying)
+    return [filling, *_full(count - places, max(rest, 0.0), prompt, places, room), *emptying]
+
+
 def predict(
     cost: StepCost,
     pages: PageStats,
     concurrency: int | None = None,
     *,
+    count: int | None = None,
     max_step_tokens: int = 2048,
     host_cores: int = 8,
 ) -> Prediction:
-    """Predict steady state; `concurrency` None takes what fits, at most 256.
+    """Predict steady state, or a run of `count` pages, its beginning and end included.
 
-    Raises `ConfigError` if the model, or that many pages, do not fit the device's memory.
+    `concurrency` None takes what fits, at most 256. Raises `ConfigError` if the model, or that many pages, do not fit the
+    device's memory.
     """
     room = memory(cost.shape, cost.precision, cost.device, pages, max_step_tokens)
     if not room.max_concurrency:
@@ -436,43 +533,41 @@ def predict(
         )
     if max_step_tokens <= concurrency:
         raise ConfigError(f"a step of {max_step_tokens} tokens has no room beside {concurrency} pages")
+    if count is not None and count < 1:
+        raise ConfigError(f"a run has at least one page, got {count}")
     e, prompt, outputs = cost.efficiency, pages.prompt_tokens, pages.output_tokens
     decodes = max(outputs - 1, 0.0)  # the first token comes with the prefill
-    # A page's life in steps: chunks of its prefill beside the others' decoding, then one step a token.
-    chunks = max(prompt / (max_step_tokens - concurrency + 1), 1.0)
-    decoding = concurrency * decodes / (decodes + chunks)
-    if decoding > 1e-9:
-        steps = decodes / decoding  # of the engine, for each page that it finishes
+    if count is None:
+        n, stretches = 1, _full(1, decodes, prompt, concurrency, max_step_tokens)
     else:
-        decoding, steps = 0.0, chunks / concurrency
-    if steps > chunks:  # some steps carry a prefill, the others only decode
-        mixed = chunks * cost.matmul_s(decoding + prompt / chunks, decoding + 1 / chunks)
-        matmul = mixed + (steps - chunks) * cost.matmul_s(decoding, decoding)
-    else:
-        steps = max(steps, prompt / max_step_tokens)
-        mixed = matmul = steps * cost.matmul_s(decoding + prompt / steps, decoding + 1 / steps)
-    prefill_share = prompt / (prompt + decoding * min(chunks, steps))
-    context = prompt * decodes + max(pages.output_square - outputs, 0.0) / 2
-    prefill_s = prefill_share * mixed + chunks * cost.chunk_s(
-        prompt / chunks * (chunks - 1) / 2, prompt / chunks
+        n, stretches = count, _run(count, pages, concurrency, max_step_tokens)
+    matmul = sum(s.matmul_s(cost) for s in stretches) / n
+    of_prefill = (
+        sum(s.matmul_s(cost) * s.prefilled / (s.prefilled + s.rows) for s in stretches if s.prefilled) / n
     )
+    steps = sum(s.steps for s in stretches) / n
+    chunks = max(prompt / (max_step_tokens - concurrency + 1), 1.0)
+    chunk_s = chunks * cost.chunk_s(prompt / chunks * (chunks - 1) / 2, prompt / chunks)
+    context = prompt * decodes + max(pages.output_square - outputs, 0.0) / 2
     stages = dict(
         prepare_s=cost.prepare_s,
         vision_s=cost.vision_s([pages.image_tokens]),
-        prefill_s=prefill_s,
-        decode_weights_s=matmul - prefill_share * mixed,
+        prefill_s=of_prefill + chunk_s,
+        decode_weights_s=matmul - of_prefill,
         decode_kv_s=context * cost.context_s,
         overhead_s=steps * e.step_s + outputs * e.row_s,
     )
     device_s = sum(stages.values())
     host_s = 0.0 if cost.device.host else e.prepare_s / host_cores
-    pages_per_s = 1 / max(device_s, host_s)
+    first_s = 0.0 if count is None else host_s / count  # the device waits for the first page
+    page_s = max(device_s, host_s) + first_s
+    running = concurrency if count is None else min(concurrency, (decodes + chunks) / steps)
     return Prediction(
         concurrency=concurrency,
         **stages,
-        pages_per_s=pages_per_s,
-        output_tokens_per_s=pages_per_s * outputs,
-        latency_s=concurrency * device_s,
+        pages_per_s=1 / page_s,
+        output_tokens_per_s=outputs / page_s,
+        latency_s=running * device_s,
         memory=room,
         host_bound=host_s > device_s,
     )
@@ -566,9 +661,7 @@ def _check(row: Throughput, efficiency: Efficiency) -> Check:
     except ConfigError:
         return Check(row, None, None, f"no data for the card {row.gpu}")
     said = f"{row.system} {row.note}".lower()
-    name = next(
-        (p for word, p in (("fp8", "fp8"), ("w8a8", "int8"), ("w4a16", "int4")) if word in said), "bfloat16"
-    )
+    name = next((word for word in ("fp8", "w8a8", "w4a16") if word in said), "bfloat16")
     precision, notes = PRECISIONS[name], [name]
     shape, of = _stand_in(row.params_b)
     notes.append(of)

@@ -117,7 +117,7 @@ def render(files: Sequence[ResultFile], *, pages_per_month: int = PAGES_PER_MONT
         waste=WASTE,
         most_bars=_MOST_BARS,
         timelines=[_listed(run) for run in runs if run.timeline],
-        several_workloads=len({json.dumps(file.workload) for file in files}) > 1,
+        several_workloads=_read_different_pages(runs),
         json=Markup(_inline_json(data)),  # escaped by `_inline_json`
         css=Markup(_asset("report.css")),
         scripts=[Markup(script) for script in scripts],
@@ -181,7 +181,7 @@ def _charts(files: Sequence[ResultFile], runs: Sequence[Run], offers: Sequence[P
             if (q := run.quality) and q.bits_per_char is not None and q.benchmark_score is not None
         ],
         "timelines": _timelines(runs),
-        "chosen": chosen.name if (chosen := choose(runs)) else None,
+        "shown": _shown(runs),
     }
 
 
@@ -265,6 +265,16 @@ def _timelines(runs: Sequence[Run]) -> list[dict[str, Any]]:
     ]
 
 
+def _shown(runs: Sequence[Run]) -> str | None:
+    """The run whose timeline is shown first: the recommended, if it knows its first tokens, else the fastest that does."""
+    chosen = choose(runs)
+    telling = [run for run in runs if any(page.first_token is not None for page in run.timeline)]
+    measured = [run for run in telling if run.kind != "simulated"] or telling
+    if chosen in telling or not telling:
+        return chosen.name if chosen else None
+    return max(measured, key=lambda run: run.pages_per_s).name
+
+
 def _thinned(pages: Sequence[Request], most: int) -> list[Request]:
     """Return at most `most` pages in the order of their start: all that did not end well first, then every n-th."""
     bad = [page for page in pages if page.status != "ok"][:most]
@@ -284,6 +294,16 @@ class _Timeline:
     run: str
     counts: str
     listed: list[Request]
+
+
+def _read_different_pages(runs: Sequence[Run]) -> bool:
+    """Whether runs that read real pages, and kept their names, did not all read the same ones."""
+    read = {
+        frozenset(page.name.rpartition("/")[2] for page in run.timeline)
+        for run in runs
+        if run.timeline and run.kind != "simulated"
+    }
+    return len(read) > 1
 
 
 def _listed(run: Run) -> _Timeline:

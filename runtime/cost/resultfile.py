@@ -156,6 +156,13 @@ def _distinct(files: list[ResultFile]) -> list[ResultFile]:
     return [replace(file, runs=tuple(unique(run, file.path) for run in file.runs)) for file in files]
 
 
+def _whose(name: str, model: str, settings: dict[str, str | float]) -> str:
+    """A run's name, with the model's where it tells settings alone: beside runs of other files that would not say enough."""
+    first = name.partition(", ")[0]
+    told = first == "offline" or first.partition("=")[0] in settings or first == settings.get("device")
+    return f"{model}, {name}" if told and model not in name else name
+
+
 def _stem(path: str) -> str:
     return _clip(os.path.splitext(os.path.basename(path))[0], _LONGEST_NAME)
 
@@ -244,14 +251,15 @@ class _File:
             per_million = per_page * 1e6
         if per_million is None and usd_per_hour is not None and pages_per_s > 0:
             per_million = usd_per_hour / 3600 / pages_per_s * 1e6
+        if run.get("model"):
+            model = self.text(run, "model", where, _LONGEST_NAME)
+        settings = self.settings(run, where)
         return Run(
-            name=self.text(run, "name", where, _LONGEST_NAME),
+            name=_clip(_whose(self.text(run, "name", where, _LONGEST_NAME), model, settings), _LONGEST_NAME),
             file=self.index,
             kind=kind,
-            model=self.text(run, "model", where, _LONGEST_NAME)
-            if run.get("model")
-            else model[:_LONGEST_NAME],
-            settings=self.settings(run, where),
+            model=model[:_LONGEST_NAME],
+            settings=settings,
             pages=int(self.needed(run, "pages", where)),
             seconds=self.needed(run, "seconds", where),
             pages_per_s=pages_per_s,

@@ -53,6 +53,7 @@ class Scenario:
     devices: tuple[str, ...] = ("h100-sxm",)
     shape: str = "3b"
     precision: str = "bfloat16"
+    kv_cache_dtype: str = "auto"
     concurrency: tuple[int, ...] = (128,)
     kv_cache_gb: tuple[float | None, ...] = (None,)
     guards: tuple[Guard, ...] = ("rescue",)
@@ -75,7 +76,10 @@ def answer(scenario: Scenario, on_run: Callable[[str], None] | None = None) -> d
     if not (scenario.devices and scenario.concurrency and scenario.kv_cache_gb and scenario.guards):
         raise ConfigError("a simulation needs at least one device, concurrency, KV budget and guard")
     stats, load = scenario.workload.stats, scenario.workload
-    shape, precision = Shape(find_shape(scenario.shape)), find_precision(scenario.precision)
+    shape, precision = (
+        Shape(find_shape(scenario.shape)),
+        find_precision(scenario.precision, scenario.kv_cache_dtype),
+    )
     machines = {id: find_machine(id, scenario.efficiency) for id in scenario.devices}
     prices = {id: find_price(device.id, scenario.price) for id, (device, _) in machines.items()}
     api = None if scenario.against is None else find_api(scenario.against)
@@ -105,7 +109,7 @@ def answer(scenario: Scenario, on_run: Callable[[str], None] | None = None) -> d
                 "guard": guard,
                 "utilisation": utilisation,
             },
-            "model": f"{scenario.shape} {scenario.precision}",
+            "model": f"{scenario.shape} {precision.name}",
             **describe(outcome, workload, cost, settings),
         }
         run |= _priced(outcome.pages_per_s, prices[id], utilisation, scenario.pages_per_month, paid)
@@ -117,7 +121,7 @@ def answer(scenario: Scenario, on_run: Callable[[str], None] | None = None) -> d
         "schema": SCHEMA,
         "kind": "simulation",
         "environment": environment(),
-        "model": f"{scenario.shape} {scenario.precision}",
+        "model": f"{scenario.shape} {precision.name}",
         "engine": {
             "shape": scenario.shape,
             "precision": asdict(precision),
@@ -279,6 +283,7 @@ def _modelled(cost: StepCost, workload: Workload, settings: Settings) -> float |
             cost,
             workload.stats,
             settings.max_num_seqs,
+            count=workload.pages,
             max_step_tokens=settings.max_step_tokens,
             host_cores=settings.host_cores,
         ).pages_per_s

@@ -43,7 +43,8 @@ _TOKEN, _STOP = 0, 1
 _STOPS = frozenset({_STOP})
 _digest_of = Struct("<qii").pack
 _ORDER = attrgetter("order")
-_NO_PATCHES: npt.NDArray[np.float32] = np.empty((0, 0), np.float32)
+_NO_LEVELS: npt.NDArray[np.float32] = np.empty((3, 0), np.float32)
+_NO_PATCHES: npt.NDArray[np.uint8] = np.empty((0, 0), np.uint8)
 _NO_POSITIONS: npt.NDArray[np.int32] = np.empty((3, 0), np.int32)
 _PARAMS = SamplingParams()
 _CONTROL = Control(_PARAMS)
@@ -377,7 +378,14 @@ class _Simulation:
             token_ids=[_TOKEN] * (image + text),
             num_prompt=image + text,
             images=[
-                SequenceImage(max(text - 8, 0), image, (1, 2, 2), number.to_bytes(16, "little"), _NO_PATCHES)
+                SequenceImage(
+                    max(text - 8, 0),
+                    image,
+                    (1, 2, 2),
+                    number.to_bytes(16, "little"),
+                    _NO_LEVELS,
+                    _NO_PATCHES,
+                )
             ],
             positions=_NO_POSITIONS,
             position_delta=0,

@@ -8,14 +8,18 @@ MISSING = "–"
 
 
 def usd(value: float | None) -> str:
-    """Return dollars: $0.0123, $4.56, $78.90, $789, $12,300."""
+    """Return dollars: $0.0123, $0.09, $4.56, $78.90, $789, $12,300."""
     if value is None:
         return MISSING
     if value == 0:
         return "$0"
     if 0.9995 <= value < 99.995:
         return f"${value:.2f}"
-    return f"${number(value)}"
+    said = number(value)
+    if value < 1:  # at least cents, and no zeros behind them
+        whole, _, cents = said.partition(".")
+        said = f"{whole}.{cents[:2]}{cents[2:].rstrip('0')}"
+    return f"${said}"
 
 
 def number(value: float | None) -> str:

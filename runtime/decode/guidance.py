@@ -323,7 +323,7 @@ class Guide:
             return [self._factory.stop_ids[0]]
         tokens = self._matcher.compute_ff_tokens()
         # A tokenizer that normalises may write other text than what is forced.
-        return tokens if self._matcher.validate_tokens(tokens) == len(tokens) else []
+        return tokens if not tokens or self._matcher.validate_tokens(tokens) == len(tokens) else []
 
     def rollback(self, num_tokens: int) -> None:
         """Undo the last `num_tokens` accepted tokens."""

@@ -46,6 +46,11 @@ class VisionConfig:
         return self.in_channels * self.temporal_patch_size * self.patch_size**2
 
     @property
+    def patch_bytes(self) -> int:
+        """Bytes of one patch of a still page, whose moments are equal."""
+        return self.in_channels * self.patch_size**2
+
+    @property
     def window_cells(self) -> int:
         """Side of an attention window in cells of `spatial_merge_size` x `spatial_merge_size` patches."""
         return self.window_size // self.spatial_merge_size // self.patch_size

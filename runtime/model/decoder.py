@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pagemill.kernels import Kernels, PackedLinear
+from pagemill.kernels import Kernels, LayerCache, PackedLinear, Scheme
 from pagemill.model.config import TextConfig
+from pagemill.model.packed import PackedWeights
 from pagemill.model.rope import MRope
-from pagemill.model.weights import Checkpoint
 
 
 @dataclass
@@ -35,7 +35,7 @@ class RaggedBatch:
     block_tables: Tensor
     """int32 `[S, blocks]`"""
     logit_rows: Tensor
-    """int64 `[L]`, rows whose next token is wanted"""
+    """int64 `[L]`, rows whose next token is wanted, increasing"""
     image_rows: Tensor | None = None
     """int64 `[I]`, rows that are image placeholders"""
     image_embeds: Tensor | None = None
@@ -58,33 +58,50 @@ class Decoder:
     def __init__(
         self,
         config: TextConfig,
-        weights: Checkpoint,
+        weights: PackedWeights,
         kernels: Kernels,
         device: torch.device,
         dtype: torch.dtype,
+        scheme: Scheme = "plain",
+        vocabulary_scheme: Scheme = "plain",
     ) -> None:
         self.config, self.kernels = config, kernels
 
         def vector(name: str) -> Tensor:
-            return weights.read(f"text.{name}").to(device, dtype, copy=True)
+            name = f"text.{name}"
+            return weights.packed(name, lambda: weights.read(name).to(device, dtype, copy=True))
 
         def linear(layer: int, *names: str, bias: bool = False) -> PackedLinear:
-            full = [f"text.layers.{layer}.{n}_proj" for n in names]
-            parts = [weights.read(f"{n}.weight").to(device) for n in full]
-            biases = torch.cat([weights.read(f"{n}.bias") for n in full]).to(device) if bias else None
-            return kernels.pack_linear(parts, biases)
+            return pack(*(f"text.layers.{layer}.{n}_proj" for n in names), bias=bias)
 
-        self.embed_tokens = kernels.pack_linear(weights.read("text.embed_tokens.weight").to(device), None)
+        def pack(*names: str, bias: bool = False, scheme: Scheme = scheme) -> PackedLinear:
+            def make() -> PackedLinear:
+                parts = [weights.read(f"{n}.weight").to(device) for n in names]
+                biases = torch.cat([weights.read(f"{n}.bias") for n in names]).to(device) if bias else None
+                return kernels.pack_linear(parts, biases, scheme=scheme)
+
+            return weights.packed("+".join(names), make)
+
+        def gate_up(layer: int) -> PackedLinear:
+            names = [f"text.layers.{layer}.mlp.{n}_proj" for n in ("gate", "up")]
+
+            def make() -> PackedLinear:
+                gate, up = (weights.read(f"{n}.weight").to(device) for n in names)
+                return kernels.pack_swiglu(gate, up, None, scheme=scheme)
+
+            return weights.packed("+".join(names), make)
+
+        self.embed_tokens = pack("text.embed_tokens", scheme=vocabulary_scheme)
         self.lm_head = self.embed_tokens
         if not config.tie_word_embeddings:
-            self.lm_head = kernels.pack_linear(weights.read("lm_head.weight").to(device), None)
+            self.lm_head = pack("lm_head", scheme=vocabulary_scheme)
         self.layers = [
             _Layer(
                 attention_norm=vector(f"layers.{i}.input_layernorm.weight"),
                 qkv=linear(i, "self_attn.q", "self_attn.k", "self_attn.v", bias=True),
                 out=linear(i, "self_attn.o"),
                 mlp_norm=vector(f"layers.{i}.post_attention_layernorm.weight"),
-                gate_up=linear(i, "mlp.gate", "mlp.up"),
+                gate_up=gate_up(i),
                 down=linear(i, "mlp.down"),
             )
             for i in range(config.num_layers)
@@ -93,8 +110,8 @@ class Decoder:
         self.rope = MRope(config.head_dim, config.rope_theta, config.mrope_section, device)
 
     @torch.inference_mode()
-    def __call__(self, batch: RaggedBatch, kv_cache: list[tuple[Tensor, Tensor]]) -> Tensor:
-        """Run one ragged batch, writing keys and values into `kv_cache` (one pair a layer).
+    def __call__(self, batch: RaggedBatch, kv_cache: list[LayerCache]) -> Tensor:
+        """Run one ragged batch, writing keys and values into `kv_cache` (one a layer).
 
         Returns logits, float32 `[L, vocab]`, for `batch.logit_rows`.
         """
@@ -102,20 +119,24 @@ class Decoder:
         residual = k.embed(batch.token_ids, self.embed_tokens)
         if batch.image_rows is not None and batch.image_embeds is not None:
             residual[batch.image_rows] = batch.image_embeds
-        cos, sin = self.rope(batch.positions, batch.max_position)
+        cos, sin = k.mrope_angles(batch.positions, *self.rope.tables(batch.max_position))
         num_tokens, scale = len(residual), c.head_dim**-0.5
         y = k.rms_norm(residual, self.layers[0].attention_norm, c.rms_norm_eps)
         for i, layer in enumerate(self.layers):
             if i:
                 y = k.add_rms_norm(y, residual, layer.attention_norm, c.rms_norm_eps)
-            keys, values = kv_cache[i]
+            keys, values, *scales = kv_cache[i]
             qkv = k.linear(y, layer.qkv)
-            q = k.rotary_cache(qkv, cos, sin, batch.slots, keys, values, c.num_heads, c.num_kv_heads)
+            heads = c.num_heads, c.num_kv_heads
+            q = k.rotary_cache(qkv, cos, sin, batch.slots, keys, values, *heads, *scales)
+            lens = batch.context_lens
             y = k.paged_attention(
-                q, keys, values, batch.block_tables, batch.query_start, batch.context_lens, scale
+                q, keys, values, batch.block_tables, batch.query_start, lens, scale, *scales
             )
             y = k.linear(y.reshape(num_tokens, c.hidden_size), layer.out)
             y = k.add_rms_norm(y, residual, layer.mlp_norm, c.rms_norm_eps)
-            y = k.linear(k.swiglu(k.linear(y, layer.gate_up)), layer.down)
-        y = k.add_rms_norm(y[batch.logit_rows], residual[batch.logit_rows], self.norm, c.rms_norm_eps)
+            y = k.linear(k.linear_swiglu(y, layer.gate_up), layer.down)
+        if len(batch.logit_rows) < num_tokens:  # else every row is wanted, as in a step that only decodes
+            y, residual = y[batch.logit_rows], residual[batch.logit_rows]
+        y = k.add_rms_norm(y, residual, self.norm, c.rms_norm_eps)
         return k.linear(y, self.lm_head, out_float32=True)

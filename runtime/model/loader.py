@@ -9,8 +9,10 @@ from pathlib import Path
 
 import torch
 
+from pagemill.config import WeightCache
 from pagemill.errors import CheckpointError
-from pagemill.kernels import Kernels
+from pagemill.kernels import Kernels, Scheme
+from pagemill.model import packed
 from pagemill.model.config import ModelConfig
 from pagemill.model.decoder import Decoder
 from pagemill.model.vision import VisionTower
@@ -27,6 +29,29 @@ class Model:
     config: ModelConfig
     vision: VisionTower
     decoder: Decoder
+    weights: str = "packed at start"
+    """Where the packed weights came from, and whether they are kept."""
+    mapped_bytes: int = 0
+    """Bytes of the file that backs them: memory that the system counts as free, but that the model needs."""
+
+
+@dataclass(frozen=True)
+class _Schemes:
+    """How the linear layers of each part are stored (`pagemill.kernels.linear`)."""
+
+    vision: Scheme
+    text: Scheme
+    vocabulary: Scheme
+    """Of the embedding and the output layer."""
+
+
+_SCHEMES = {
+    "none": _Schemes("plain", "plain", "plain"),
+    "int8": _Schemes("int8", "int8", "int8"),
+    # Decoding streams the decoder's weights: there four bits pay. The tower's arithmetic is what costs, and the output
+    # layer chooses the token.
+    "int4": _Schemes("int8", "int4", "int8"),
+}
 
 
 def find_checkpoint(name: str) -> Path:
@@ -79,13 +104,29 @@ def _download(repo_id: str) -> Path:
 
 
 def load_model(
-    folder: Path, config: ModelConfig, kernels: Kernels, device: torch.device, dtype: torch.dtype
+    folder: Path,
+    config: ModelConfig,
+    kernels: Kernels,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    quantize: str = "none",
+    weight_cache: WeightCache = "off",
 ) -> Model:
-    """Read a folder's weights into a model, each tensor once; peak memory is the packed weights plus one matrix."""
-    weights = Checkpoint(folder, config)
+    """Read a folder's weights into a model, each tensor once, or map the packed form that an earlier start wrote.
+
+    Peak memory is the packed weights plus one matrix. `quantize` and `weight_cache` are those of `EngineConfig`.
+    """
+    schemes = _SCHEMES[quantize]
+    checkpoint = Checkpoint(folder, config)
     try:
-        vision = VisionTower(config.vision, weights, kernels, device, dtype)
-        decoder = Decoder(config.text, weights, kernels, device, dtype)
+        path = None
+        if packed.is_wanted(weight_cache, checkpoint, device):
+            path = packed.entry(checkpoint, config, kernels, dtype, quantize)
+        weights = packed.PackedWeights(checkpoint, path)
+        vision = VisionTower(config.vision, weights, kernels, device, dtype, schemes.vision)
+        decoder = Decoder(config.text, weights, kernels, device, dtype, schemes.text, schemes.vocabulary)
+        weights.keep()
     finally:
-        weights.close()
-    return Model(config, vision, decoder)
+        checkpoint.close()
+    return Model(config, vision, decoder, weights.note, weights.mapped_bytes)

@@ -47,7 +47,7 @@ _TABLE_ROWS = 1024
 
 
 class MRope:
-    """Angles of the decoder's rotary embedding for positions `[3, tokens]`.
+    """Tables of the decoder's rotary embedding, for `kernels.mrope_angles`.
 
     Cosines and sines are looked up in tables that grow by whole chunks, so that a position's angles are the same
     bits in every batch (vectorised cosines may round differently in the tail of an array).
@@ -60,7 +60,6 @@ class MRope:
         self._inv_freq = 1.0 / (theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim))
         # [head_dim / 2]: which of the three positions turns this frequency
         self._axis = torch.repeat_interleave(torch.arange(3), torch.tensor(section)).to(device)
-        self._frequency = torch.arange(head_dim // 2, device=device)
         self._cos = self._sin = torch.empty(0, head_dim // 2, device=device)
 
     def _grow(self, rows: int) -> None:
@@ -70,13 +69,12 @@ class MRope:
             self._cos = torch.cat([self._cos, angles.cos().to(self._device)])
             self._sin = torch.cat([self._sin, angles.sin().to(self._device)])
 
-    def __call__(self, positions: Tensor, max_position: int) -> tuple[Tensor, Tensor]:
-        """Return cos and sin, float32 `[tokens, head_dim / 2]`, of int64 positions `[3, tokens]`, none over
-        `max_position`.
+    def tables(self, max_position: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return what turns each frequency, int64 `[head_dim / 2]`, and cosines and sines of at least the positions up to
+        `max_position`, float32 `[positions, head_dim / 2]`.
         """
         self._grow(max_position + 1)
-        rows = positions[self._axis].T.contiguous()
-        return self._cos[rows, self._frequency], self._sin[rows, self._frequency]
+        return self._axis, self._cos, self._sin
 
 
 def vision_angles(grid: Grid, merge_size: int, head_dim: int, theta: float) -> Tensor:

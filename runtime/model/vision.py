@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pagemill.kernels import Kernels, PackedLinear
+from pagemill.kernels import Kernels, PackedLinear, Scheme
 from pagemill.model.config import VisionConfig
+from pagemill.model.packed import PackedWeights
 from pagemill.model.rope import Grid, vision_angles
-from pagemill.model.weights import Checkpoint
 
 _NORM_EPS = 1e-6  # fixed in the architecture, not a field of config.json
 
@@ -53,29 +53,46 @@ class VisionTower:
     def __init__(
         self,
         config: VisionConfig,
-        weights: Checkpoint,
+        weights: PackedWeights,
         kernels: Kernels,
         device: torch.device,
         dtype: torch.dtype,
+        scheme: Scheme = "plain",
     ) -> None:
         self.config, self.kernels, self.device, self.dtype = config, kernels, device, dtype
 
         def vector(name: str) -> Tensor:
-            return weights.read(f"vision.{name}").to(device, dtype, copy=True)
+            name = f"vision.{name}"
+            return weights.packed(name, lambda: weights.read(name).to(device, dtype, copy=True))
 
-        def linear(*names: str, bias: bool = True) -> PackedLinear:
-            parts = [weights.read(f"vision.{n}.weight").flatten(1).to(device) for n in names]
-            biases = torch.cat([weights.read(f"vision.{n}.bias") for n in names]).to(device) if bias else None
-            return kernels.pack_linear(parts, biases)
+        def linear(*names: str, bias: bool = True, scheme: Scheme = scheme) -> PackedLinear:
+            full = [f"vision.{n}" for n in names]
 
-        self.patch_embed = linear("patch_embed.proj", bias=False)
+            def make() -> PackedLinear:
+                parts = [weights.read(f"{n}.weight").flatten(1).to(device) for n in full]
+                biases = torch.cat([weights.read(f"{n}.bias") for n in full]).to(device) if bias else None
+                return kernels.pack_linear(parts, biases, scheme=scheme)
+
+            return weights.packed("+".join(full), make)
+
+        def gate_up(block: int) -> PackedLinear:
+            names = [f"vision.blocks.{block}.mlp.{n}_proj" for n in ("gate", "up")]
+
+            def make() -> PackedLinear:
+                gate, up = (weights.read(f"{n}.weight").to(device) for n in names)
+                bias = torch.cat([weights.read(f"{n}.bias") for n in names]).to(device)
+                return kernels.pack_swiglu(gate, up, bias, scheme=scheme)
+
+            return weights.packed("+".join(names), make)
+
+        self.patch_embed = linear("patch_embed.proj", bias=False, scheme="plain")
         self.blocks = [
             _Block(
                 norm1=vector(f"blocks.{i}.norm1.weight"),
                 qkv=linear(f"blocks.{i}.attn.qkv"),
                 proj=linear(f"blocks.{i}.attn.proj"),
                 norm2=vector(f"blocks.{i}.norm2.weight"),
-                gate_up=linear(f"blocks.{i}.mlp.gate_proj", f"blocks.{i}.mlp.up_proj"),
+                gate_up=gate_up(i),
                 down=linear(f"blocks.{i}.mlp.down_proj"),
             )
             for i in range(config.depth)
@@ -114,19 +131,23 @@ class VisionTower:
         return torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)).to(self.device)
 
     @torch.inference_mode()
-    def __call__(self, images: Sequence[tuple[Tensor, Grid]]) -> list[Tensor]:
-        """Encode images, each given as patches `[t*h*w, patch_dim]` and its grid.
+    def __call__(self, images: Sequence[tuple[Tensor, Tensor, Grid]]) -> list[Tensor]:
+        """Encode still images, each given as patches, uint8 `[t*h*w, channels * patch_size**2]`, levels, float32
+        `[channels, 256]`, and its grid; see `pagemill.kernels.pixels`.
 
         Returns for each image its embeddings `[t*h*w / merge**2, out_hidden_size]` in reading order.
         """
         k, c = self.kernels, self.config
-        layouts = [self._layout(grid) for _, grid in images]
-        x = torch.cat(
-            [
-                p.to(self.device, self.dtype)[layout.order]
-                for (p, _), layout in zip(images, layouts, strict=True)
-            ]
+        layouts = [self._layout(grid) for _, _, grid in images]
+        x = torch.empty(
+            sum(len(layout.order) for layout in layouts), c.patch_dim, dtype=self.dtype, device=self.device
         )
+        first = 0
+        for (patches, levels, _), layout in zip(images, layouts, strict=True):
+            rows = x[first : first + len(layout.order)]
+            levels = levels.to(self.device, self.dtype)
+            k.pixel_values(patches.to(self.device), layout.order, levels, c.temporal_patch_size, rows)
+            first += len(rows)
         cos = torch.cat([layout.cos for layout in layouts])
         sin = torch.cat([layout.sin for layout in layouts])
         windows = self._offsets([n for layout in layouts for n in layout.window_lengths])
@@ -144,7 +165,7 @@ class VisionTower:
             y = k.varlen_attention(qkv[:, 0], qkv[:, 1], qkv[:, 2], offsets, scale)
             y = k.linear(y.reshape(len(x), c.hidden_size), block.proj)
             y = k.add_rms_norm(y, residual, block.norm2, _NORM_EPS)
-            y = k.linear(k.swiglu(k.linear(y, block.gate_up)), block.down)
+            y = k.linear(k.linear_swiglu(y, block.gate_up), block.down)
         y = k.add_rms_norm(y, residual, self.merger_norm, _NORM_EPS)
         y = y.view(len(x) // c.spatial_merge_size**2, -1)
         y = k.linear(k.gelu(k.linear(y, self.merger_in)), self.merger_out)

@@ -132,6 +132,11 @@ class Checkpoint:
                 f"first {unexpected[0]}"
             )
 
+    @property
+    def files(self) -> list[Path]:
+        """The files that hold weights, in their order."""
+        return sorted({path for path, _ in self._where.values()})
+
     def _files(self) -> Iterator[tuple[Path, list[str]]]:
         """Yield each weight file with the names it holds, in the order of the files."""
         single, index = self.folder / "model.safetensors", self.folder / "model.safetensors.index.json"

@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from pagemill.errors import CheckpointError, ConfigError, PageError
 from pagemill.kernels.patchify import Kernel, patchify
+from pagemill.kernels.pixels import normalisation
 
 MAX_ASPECT_RATIO = 200  # a limit of the Qwen2-VL image processor
 
@@ -55,13 +56,14 @@ def smart_resize(
 class PreparedImage:
     """What the vision tower and the prompt need of one page.
 
-    `patches` is float32 [t * h * w, 3 * temporal_patch_size * patch_size**2], `grid` is `(t, h, w)` in
-    patches, and `num_tokens` is `t * h * w // merge_size**2` image placeholders. `content_hash` (16 bytes,
-    BLAKE2b of the resized pixels, their size and every setting that shapes the patches) is equal for two
-    pages if and only if their patches and grids are.
+    `patches` is uint8 [t * h * w, 3 * patch_size**2], `levels` is what each byte stands for, float32 [3, 256]
+    (`pagemill.kernels.pixels`), `grid` is `(t, h, w)` in patches, and `num_tokens` is `t * h * w // merge_size**2`
+    image placeholders. `content_hash` (16 bytes, BLAKE2b of the patches, the page's size and every setting that shapes
+    what the model sees) is equal for two pages if and only if the model sees the same.
     """
 
-    patches: npt.NDArray[np.float32]
+    patches: npt.NDArray[np.uint8]
+    levels: npt.NDArray[np.float32]
     grid: tuple[int, int, int]
     num_tokens: int
     content_hash: bytes
@@ -157,15 +159,12 @@ class ImageProcessor:
         shape cannot be resized.
         """
         height, width = size or self.size(*rgb.shape[:2])
-        patches, pixels = patchify(
+        patches = patchify(
             rgb,
             height,
             width,
             patch_size=self.patch_size,
             merge_size=self.merge_size,
-            temporal_patch_size=self.temporal_patch_size,
-            mean=self.image_mean,
-            std=self.image_std,
             kernel=kernel,
         )
         settings = (
@@ -176,9 +175,10 @@ class ImageProcessor:
             self.image_std,
         )
         digest = hashlib.blake2b(repr((height, width, settings)).encode(), digest_size=16)
-        digest.update(pixels.data)
+        digest.update(patches.data)
         return PreparedImage(
             patches=patches,
+            levels=normalisation(self.image_mean, self.image_std),
             grid=(1, height // self.patch_size, width // self.patch_size),
             num_tokens=patches.shape[0] // self.merge_size**2,
             content_hash=digest.digest(),

@@ -18,7 +18,8 @@ from typer.testing import CliRunner
 
 from pagemill import Engine, SamplingParams
 from pagemill.cli import app
-from pagemill.cost import bench
+from pagemill.cost import bench, report, resultfile
+from pagemill.cost import workload as asked
 from pagemill.cost.meters import EnergyMeter, MemoryMeter
 from pagemill.errors import ConfigError, PageError, PagemillError
 from pagemill.pages.source import PageRef
@@ -72,7 +73,7 @@ class FakeEngine:
 
 
 def workload(pages=5, **more):
-    return bench.Workload(["x"], REFS, pages, warmup=0, **more)
+    return asked.Workload(["x"], REFS, pages, warmup=0, **more)
 
 
 # What is read, and when.
@@ -80,7 +81,7 @@ def workload(pages=5, **more):
 
 @given(st.integers(1, 5), st.integers(1, 23), st.integers(0, 3))
 def test_a_run_goes_over_the_pages_evenly(distinct, pages, seed):
-    load = bench.Workload(["x"], REFS[:distinct], pages, seed)
+    load = asked.Workload(["x"], REFS[:distinct], pages, seed)
     turns = list(load.turns())
     assert turns == list(load.turns())
     assert [turn for _, turn in turns] == [i // distinct for i in range(pages)]
@@ -102,7 +103,7 @@ def test_arrivals_are_a_poisson_process():
 def test_no_page_is_ever_read_twice_with_one_salt():
     engine = FakeEngine(places=2, threads=1)
     load = replace(workload(12), warmup=7, repeats=3)
-    runs = bench.sweep(bench.Settings(concurrency=2), ["guard=off,stop", "drafts=auto,off"])
+    runs = asked.sweep(asked.Settings(concurrency=2), ["guard=off,stop", "drafts=auto,off"])
     result = bench.bench(load, runs, load=lambda settings: engine)
     assert len(result["runs"]) == 4
     assert len(engine.reads) == 4 * (7 + 3 * 12)
@@ -111,24 +112,24 @@ def test_no_page_is_ever_read_twice_with_one_salt():
 
 def test_no_more_pages_are_in_flight_than_read_keeps():
     engine = FakeEngine(places=3, page_s=0.001, threads=2)
-    bench.drive(engine, workload(40), bench.Settings(), "s")
+    bench.drive(engine, workload(40), asked.Settings(), "s")
     assert engine.most_inside <= 3 + 2 * 2
 
 
 def test_waiting_counts_at_a_rate_and_not_offline():
     engine = FakeEngine(places=1, page_s=0.01)
-    settings = bench.Settings(rate=1e5)
+    settings = asked.Settings(rate=1e5)
     seen = bench.drive(engine, workload(10), settings, "s")
     at_rate = bench.summary(seen, engine.stats(), settings)["latency_s"]["page"]
     assert at_rate["p99"] > 0.08  # the last of ten pages that came at once
-    offline = bench.Settings()
+    offline = asked.Settings()
     seen = bench.drive(engine, workload(10), offline, "t")
     assert bench.summary(seen, engine.stats(), offline)["latency_s"]["page"]["p99"] == pytest.approx(0.01)
 
 
 def test_pages_come_no_sooner_than_they_arrive():
     engine = FakeEngine(places=8)
-    settings = bench.Settings(rate=200)
+    settings = asked.Settings(rate=200)
     load = workload(20)
     seen = bench.drive(engine, load, settings, "s")
     assert sorted(page.arrived for page in seen) == load.arrivals(200)
@@ -138,13 +139,13 @@ def test_pages_come_no_sooner_than_they_arrive():
 def test_a_broken_file_is_a_page_that_fails(tmp_path):
     (tmp_path / "bad.png").write_bytes(b"no image")
     good = str(PAGES / "prose_00.png")
-    load = bench.load_workload([good, str(tmp_path)], warmup=0)
+    load = asked.load_workload([good, str(tmp_path)], warmup=0)
     engine = FakeEngine()
     load = replace(load, refs=[replace(ref, source=Path(ref.source).name) for ref in load.refs])
-    run, _ = bench.measure(engine, load, bench.Settings(), "s")
+    run, _ = bench.measure(engine, load, asked.Settings(), "s")
     assert (run["pages"], run["failed"]) == (1, 1)
     with pytest.raises(PageError, match=r"bad\.png"):
-        bench.load_workload([str(tmp_path)])
+        asked.load_workload([str(tmp_path)])
 
 
 # What the numbers mean.
@@ -183,7 +184,7 @@ COUNTED = EngineStats(
 
 def test_the_numbers_of_a_run():
     seen = [page(0.0, 3.0), page(1.0, 8.0, "degenerate"), page(2.0, 2.5, "error", error="broken")]
-    run = bench.summary(seen, COUNTED, bench.Settings(rate=1.0))
+    run = bench.summary(seen, COUNTED, asked.Settings(rate=1.0))
     assert (run["pages"], run["failed"], run["seconds"]) == (2, 1, 8.0)
     assert run["pages_per_s"] == 2 / 8
     assert run["tokens_per_s"] == {"prompt": 240 / 8, "output": 102 / 8}
@@ -207,13 +208,13 @@ def test_the_numbers_of_a_run():
 
 
 def test_offline_a_page_begins_when_it_is_taken_up():
-    run = bench.summary([page(0.0, 30.0)], COUNTED, bench.Settings())
+    run = bench.summary([page(0.0, 30.0)], COUNTED, asked.Settings())
     assert run["latency_s"]["ttft"]["p50"] == pytest.approx(0.1 + 0.2 + 0.3)
     assert run["latency_s"]["page"]["p50"] == pytest.approx(0.1 + 0.2 + 0.3 + 1.0)
 
 
 def test_pages_that_needed_no_model_have_no_latency():
-    run = bench.summary([page(0.0, 1.0, shortcut="blank")], COUNTED, bench.Settings())
+    run = bench.summary([page(0.0, 1.0, shortcut="blank")], COUNTED, asked.Settings())
     assert run["pages"] == 1
     assert run["latency_s"]["ttft"] == {}
 
@@ -231,9 +232,9 @@ def test_percentiles_are_linear_between_ranks(values):
 
 def test_a_run_without_a_page_read_is_an_error():
     engine = FakeEngine()
-    load = bench.Workload(["x"], [PageRef("bad.png", 1)], 1, warmup=0)
+    load = asked.Workload(["x"], [PageRef("bad.png", 1)], 1, warmup=0)
     with pytest.raises(PageError, match="no page could be read: broken"):
-        bench.measure(engine, load, bench.Settings(), "s")
+        bench.measure(engine, load, asked.Settings(), "s")
 
 
 def test_the_median_repeat_stands_for_all_and_is_priced(tmp_path):
@@ -246,7 +247,7 @@ def test_the_median_repeat_stands_for_all_and_is_priced(tmp_path):
     told = []
     result = bench.bench(
         load,
-        bench.sweep(bench.Settings(), []),
+        asked.sweep(asked.Settings(), []),
         load=lambda settings: Slower(),
         price={"usd_per_hour": 7.2, "source": "a test"},
         on_result=lambda result: told.append(len(result["runs"])),
@@ -273,7 +274,7 @@ def test_sweeps_multiply_and_runs_of_one_engine_lie_together():
         loads.append(settings.engine_options())
         return FakeEngine(places=settings.concurrency)
 
-    runs = bench.sweep(bench.Settings(), ["rate=offline,50", "concurrency=1,2"])
+    runs = asked.sweep(asked.Settings(), ["rate=offline,50", "concurrency=1,2"])
     assert [name for name, _ in runs] == [
         "offline, concurrency=1",
         "rate=50, concurrency=1",
@@ -285,9 +286,25 @@ def test_sweeps_multiply_and_runs_of_one_engine_lie_together():
     assert [run["settings"]["rate"] for run in result["runs"]] == [None, 50.0, None, 50.0]
 
 
+def test_every_quantisation_is_an_engine_of_its_own_and_the_report_tells_them_apart(tmp_path):
+    runs = asked.sweep(asked.Settings(), ["quantize=none,int8,int4", "concurrency=1,8"])
+    options = [settings.engine_options() for _, settings in runs]
+    assert [o.get("quantize") for o in options] == [None, None, "int8", "int8", "int4", "int4"]
+    result = bench.bench(workload(3), runs, load=lambda settings: FakeEngine(places=settings.concurrency))
+    bench.write(result, str(tmp_path / "r.json"))
+    series = report._sweeps(resultfile.load([str(tmp_path / "r.json")]))
+    assert [(one["label"], one["key"], len(one["points"])) for one in series] == [
+        (f"pagemill-tiny, quantize {name}", "concurrency", 2) for name in ("none", "int8", "int4")
+    ]
+    small = asked.Settings(quantize="int8", kv_cache_dtype="int8")
+    assert "quantize=int8, kv_cache_dtype=int8" in asked.sweep(small, [])[0][0]
+    assert small.engine_options().items() >= {"quantize": "int8", "kv_cache_dtype": "int8"}.items()
+
+
 @pytest.mark.parametrize(
     "sweeps",
     [
+        ["quantize=int2"],
         ["colour=red"],
         ["concurrency"],
         ["concurrency="],
@@ -303,18 +320,18 @@ def test_sweeps_multiply_and_runs_of_one_engine_lie_together():
 )
 def test_bad_sweeps_are_one_sentence(sweeps):
     with pytest.raises(ConfigError, match=r"^[^\n]+\.$"):
-        bench.sweep(bench.Settings(), sweeps)
+        asked.sweep(asked.Settings(), sweeps)
 
 
 @pytest.mark.parametrize("text", ["-1", "nan", "inf", "no-such-card", "l4:nobody"])
 def test_bad_prices_are_one_sentence(text):
     with pytest.raises(PagemillError, match=r"^[^\n]+$"):
-        bench.price_of(text)
+        asked.price_of(text)
 
 
 def test_prices():
-    assert bench.price_of("0.5")["usd_per_hour"] == 0.5
-    found = bench.price_of("l4:aws")
+    assert asked.price_of("0.5")["usd_per_hour"] == 0.5
+    found = asked.price_of("l4:aws")
     assert found["usd_per_hour"] > 0
     assert "aws" in found["source"]
 
@@ -345,9 +362,9 @@ def test_bad_input_exits_with_2(arguments, tmp_path):
 
 
 def test_without_a_source_tree_the_samples_are_named(monkeypatch):
-    monkeypatch.setattr(bench, "__file__", "/nowhere/site-packages/pagemill/cost/bench.py")
+    monkeypatch.setattr(asked, "__file__", "/nowhere/site-packages/pagemill/cost/workload.py")
     with pytest.raises(PageError, match="name files or folders"):
-        bench.load_workload([])
+        asked.load_workload([])
 
 
 def test_energy_survives_a_counter_that_starts_again(tmp_path):

@@ -18,6 +18,7 @@ from pagemill.cost.model import (
     PageStats,
     Shape,
     StepCost,
+    _run,
     check_published,
     find_precision,
     find_shape,
@@ -72,9 +73,21 @@ def test_windows_of_a_small_image_are_the_image():
     assert shape.vision_attention_flops(9) == 4 * 1280 * 32 * patches**2
 
 
-def test_int4_weights_take_a_quarter_and_their_scales():
-    ratio = PRECISIONS["int4"].weight_bytes / BF16.weight_bytes
-    assert 0.25 < ratio < 0.27
+@pytest.mark.parametrize(("name", "least", "most"), [("w4a16", 0.25, 0.27), ("int4", 0.26, 0.28)])
+def test_4_bit_weights_take_a_quarter_and_their_scales(name, least, most):
+    assert least < PRECISIONS[name].weight_bytes / BF16.weight_bytes < most
+
+
+def test_quantising_all_weights_helps_the_tower_too_and_a_small_kv_cache_holds_more_pages():
+    plain, decoder, everything = (cost(precision=name) for name in ("bfloat16", "w8a8", "int8"))
+    assert plain.vision_s([1518]) == decoder.vision_s([1518]) > 1.3 * everything.vision_s([1518])
+    assert plain.matmul_s(2048, 1) > 1.9 * decoder.matmul_s(2048, 1) > everything.matmul_s(2048, 1)
+    assert everything.shape.weight_bytes(PRECISIONS["int8"]) == everything.shape.params
+    assert everything.chunk_s(0, 1558) == plain.chunk_s(0, 1558)  # attention is not quantised
+    small = find_precision("int8", "int8")
+    assert small.name == "int8, KV int8"
+    pages = [memory(plain.shape, p, L4, PageStats()).max_concurrency for p in (PRECISIONS["int8"], small)]
+    assert pages[1] == pytest.approx(pages[0] * 2 / small.kv_bytes, abs=2)
 
 
 def test_a_decoding_step_reads_the_weights_once_whatever_the_batch():
@@ -115,6 +128,34 @@ def test_more_of_anything_is_never_slower(what, factor, image, output, concurren
     assert fast.pages_per_s >= slow.pages_per_s * (1 - 1e-12)
     assert sum(slow.stages().values()) == pytest.approx(1 / slow.pages_per_s)
     assert predict(cost(device=L4), longer, concurrency).pages_per_s <= slow.pages_per_s * (1 + 1e-9)
+
+
+@given(
+    st.integers(1, 3000),
+    st.integers(1, 256),
+    st.floats(30, 5000),
+    st.floats(1, 3000),
+    st.sampled_from([0.0, 0.1, 0.4, 0.8]),
+)
+def test_a_run_computes_every_token_once(count, places, image, output, sigma):
+    stretches = _run(count, PageStats(image, output, output_sigma=sigma), places, 2048)
+    assert sum(s.steps * s.prefilled for s in stretches) == pytest.approx(count * (image + 40))
+    assert sum(s.steps * s.ended for s in stretches) == pytest.approx(count)
+    assert sum(s.steps * s.rows for s in stretches) == pytest.approx(count * (output - 1), rel=0.02, abs=1e-6)
+    assert all(0 <= s.rows <= places * (1 + 1e-9) and s.steps >= 0 for s in stretches)
+
+
+def test_a_run_of_one_page_is_that_page_alone_and_a_long_run_is_steady():
+    model, pages = cost(), PageStats(output_sigma=0)
+    alone, steady = predict(model, pages, 1), predict(model, pages, 64)
+    waits = GPU_EFFICIENCY.prepare_s / 8
+    one = predict(model, pages, 64, count=1)
+    assert 1 / one.pages_per_s == pytest.approx(1 / alone.pages_per_s + waits, rel=0.005)
+    assert one.latency_s == pytest.approx(alone.latency_s, rel=0.005)
+    for count, apart in ((640, 0.1), (6400, 0.01), (640_000, 1e-4)):
+        found = predict(model, PageStats(), 64, count=count)
+        assert 1 - apart < found.pages_per_s / predict(model, PageStats(), 64).pages_per_s < 1
+    assert predict(model, pages, 64, count=10**6).stages() == pytest.approx(steady.stages(), rel=1e-3)
 
 
 def test_a_larger_batch_reads_more_pages_until_memory_ends_it():
@@ -169,6 +210,7 @@ def test_impossible_money_is_refused(wrong):
     [
         (lambda: find_shape("70b"), "unknown model shape '70b'; give 3b, 7b"),
         (lambda: find_precision("fp2"), "unknown precision 'fp2'; known are float32"),
+        (lambda: find_precision("int8", "fp4"), "unknown kv_cache_dtype 'fp4'; known are auto, int8"),
         (lambda: PageStats(image_tokens=0), "image_tokens of a page should be at least 1"),
         (lambda: PageStats(output_sigma=math.nan), "output_sigma of a page should be at least 0"),
         (lambda: Efficiency(0, 1, 1, 1), "the matmul efficiency should be a share above 0"),
@@ -176,6 +218,7 @@ def test_impossible_money_is_refused(wrong):
         (lambda: cost(device=find_device("a100-40"), precision="fp8"), "a100-40 has no fp8"),
         (lambda: predict(cost(), PageStats(), 0), "concurrency should be from 1"),
         (lambda: predict(cost(), PageStats(), 64, max_step_tokens=64), "no room beside 64 pages"),
+        (lambda: predict(cost(), PageStats(), 64, count=0), "a run has at least one page, got 0"),
     ],
 )
 def test_bad_input_is_one_sentence(make, says):

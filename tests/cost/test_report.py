@@ -235,6 +235,44 @@ def test_the_cheapest_of_the_good_is_chosen(tmp_path: Path) -> None:
     assert [row.chosen for row in said.rows] == [False, False, True, False]
 
 
+def test_a_run_that_is_named_by_its_settings_is_named_by_its_model_too(tmp_path: Path) -> None:
+    names = ["concurrency=2", "offline, concurrency=2", "fast", "concurrency=4, pagemill-tiny", "colour=red"]
+    runs = [make_results.run(name, pages=3, concurrency=2) for name in names]
+    found = [run.name for run in load([saved(tmp_path, make_results.document("bench", runs))])[0].runs]
+    assert found == ["pagemill-tiny, concurrency=2", "pagemill-tiny, offline, concurrency=2", *names[2:]]
+
+
+def test_runs_of_other_pages_are_said_to_be_and_simulated_ones_are_not(tmp_path: Path) -> None:
+    few, more = (make_results.run(f"of {n}", pages=n, concurrency=2) for n in (5, 9))
+    files = {
+        "few.json": ("bench", few),
+        "again.json": ("compare", dict(few, name="again")),
+        "more.json": ("bench", more),
+        "not.json": ("simulation", dict(more, name="card")),
+    }
+    paths = {n: saved(tmp_path, make_results.document(kind, [run]), n) for n, (kind, run) in files.items()}
+    says = "did not all read the same pages"
+    assert says not in report.render(load([paths["few.json"], paths["again.json"], paths["not.json"]]))
+    assert says in report.render(load([paths["few.json"], paths["more.json"]]))
+
+
+def test_the_first_timeline_is_one_that_knows_its_first_tokens(tmp_path: Path) -> None:
+    best, mute, slow = (
+        make_results.run(name, pages=4, concurrency=1, score=score, speed=speed, degeneration=0)
+        for name, score, speed in (("best", 0.99, 1.0), ("mute", 0.5, 9.0), ("slow", 0.4, 0.1))
+    )
+    runs = [best, mute, slow]
+
+    def shown() -> str | None:
+        return report._shown(load([saved(tmp_path, make_results.document("compare", runs))])[0].runs)
+
+    assert shown() == "best"
+    best["timeline"] = [dict(row, first_token=None) for row in best["timeline"]]
+    assert shown() == "mute"
+    mute["timeline"] = []
+    assert shown() == "slow"
+
+
 def test_a_simulated_run_is_chosen_only_where_nothing_was_measured(tmp_path: Path) -> None:
     simulated = runs_of(tmp_path, priced("dream", 1, 0.99), kind="simulation")
     measured = runs_of(tmp_path, priced("real", 100, 0.9))
@@ -330,6 +368,9 @@ def test_a_long_timeline_is_thinned_but_keeps_what_went_wrong(tmp_path: Path) ->
     ("said", "meant"),
     [
         (units.usd(0.01234), "$0.0123"),
+        (units.usd(0.09), "$0.09"),
+        (units.usd(0.5), "$0.50"),
+        (units.usd(0.9996), "$1.00"),
         (units.usd(0.0), "$0"),
         (units.usd(4.5), "$4.50"),
         (units.usd(45.678), "$45.68"),

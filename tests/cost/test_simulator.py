@@ -137,6 +137,24 @@ def test_a_long_run_settles_at_what_the_closed_form_says(device, concurrency, st
     )
 
 
+@pytest.mark.parametrize(
+    ("pages", "stats"),
+    [
+        (4, PageStats()),
+        (20, PageStats()),
+        (80, PageStats()),
+        (16, PageStats(4800, 128)),
+        (32, PageStats(400, 150)),
+    ],
+)
+def test_runs_of_any_length_take_on_average_what_the_closed_form_says(pages, stats):
+    model, draws = cost("h100-sxm"), range(max(480 // pages, 10))
+    mean = sum(
+        simulate(Workload(pages, stats, seed=seed), Settings(16), model).seconds for seed in draws
+    ) / len(draws)
+    assert pages / predict(model, stats, 16, count=pages).pages_per_s == pytest.approx(mean, rel=0.06)
+
+
 @settings(deadline=None, max_examples=15)
 @given(runs(), st.floats(1.0, 5.0))
 def test_a_uniformly_faster_device_never_takes_longer(run, factor):

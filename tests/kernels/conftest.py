@@ -10,6 +10,8 @@ from pagemill.kernels import Kernels, kv_cache_shapes, select
 
 CPU = torch.device("cpu")
 IMPLEMENTATIONS = ["reference", *(f"native-{isa}" for isa in _native.isas())]
+# Emulated instruction sets differ from the others in linear layers alone.
+LINEAR_ISAS = [f"native-{isa}" for isa in (*_native.isas(), *_native.emulated_isas())]
 
 
 def open_kernels(implementation: str, dtype: torch.dtype) -> Kernels:
@@ -22,8 +24,10 @@ def open_kernels(implementation: str, dtype: torch.dtype) -> Kernels:
 @pytest.fixture(autouse=True)
 def _restore() -> Iterator[None]:
     torch.manual_seed(0)
-    isa, threads = _native.isa(), _native.num_threads()
+    isa, threads, torch_threads = _native.isa(), _native.num_threads(), torch.get_num_threads()
+    torch.set_num_threads(1)  # its threads wait for each other at every small op
     yield
+    torch.set_num_threads(torch_threads)
     _native.set_isa(isa)
     _native.set_num_threads(threads)
 
@@ -61,6 +65,8 @@ class Cache:
     v: Tensor
     tables: Tensor
     lens: Tensor
+    k_scale: Tensor | None = None
+    v_scale: Tensor | None = None
 
     @staticmethod
     def fill(keys: list[Tensor], values: list[Tensor], block_size: int, *, seed: int = 0) -> "Cache":
@@ -83,6 +89,22 @@ class Cache:
                 k_cache[block, :, :, :count] = key[piece].permute(1, 2, 0)
                 v_cache[block, :, :count] = value[piece].permute(1, 0, 2)
         return Cache(k_cache, v_cache, tables, torch.tensor([len(k) for k in keys], dtype=torch.int32))
+
+
+def quantised(x: Tensor) -> tuple[Tensor, Tensor]:
+    """int8 codes of `x [..., D]` and float32 scales `[...]`, by the contract's words."""
+    scale = x.double().abs().amax(-1) / 127
+    return (x.double() / scale[..., None]).round().to(torch.int8), scale.float()
+
+
+def fill_int8(keys: list[Tensor], values: list[Tensor], block_size: int) -> Cache:
+    """As `Cache.fill`, for int8 codes of what is given; unused codes are -128, their scales NaN."""
+    k, v = [quantised(x) for x in keys], [quantised(x) for x in values]
+    codes = Cache.fill([c.float() for c, _ in k], [c.float() for c, _ in v], block_size)
+    scales = Cache.fill([s[..., None] for _, s in k], [s[..., None] for _, s in v], block_size)
+    assert torch.equal(codes.tables, scales.tables)
+    k_codes, v_codes = (torch.nan_to_num(x, nan=-128).to(torch.int8) for x in (codes.k, codes.v))
+    return Cache(k_codes, v_codes, codes.tables, codes.lens, scales.k[:, :, 0], scales.v[..., 0])
 
 
 def starts(counts: list[int]) -> Tensor:

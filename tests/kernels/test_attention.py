@@ -4,7 +4,7 @@ from torch import Tensor
 
 import pagemill._native as _native
 from pagemill.kernels import Kernels
-from tests.kernels.conftest import Cache, assert_close, starts
+from tests.kernels.conftest import Cache, assert_close, fill_int8, quantised, starts
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> Tensor:
@@ -109,6 +109,93 @@ def test_paged_rows_do_not_depend_on_batch_chunks_blocks_nor_threads(
             assert torch.equal(torch.cat(pieces), wanted[s]), (s, chunk)
 
 
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim", "block_size"), [(8, 1, 128, 16), (7, 1, 80, 24)])
+def test_paged_over_ranges_of_keys_matches_float64(
+    kernels: Kernels, dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int, block_size: int
+) -> None:
+    contexts, counts = [1024, 1025, 2051, 3], [1, 1, 4, 0]
+    q, keys, values = _batch(contexts, counts, heads, kv_heads, head_dim, dtype)
+    keys[2][:1024] *= 3  # each range has a maximum of its own
+    cache, scale = Cache.fill(keys, values, block_size), head_dim**-0.5
+    found = kernels.paged_attention(q, cache.k, cache.v, cache.tables, starts(counts), cache.lens, scale)
+    wanted = [_attend(*args, scale, True) for args in zip(q.split(counts), keys, values, strict=True)]
+    assert_close(found, torch.cat(wanted), size=5, roundings=3)
+
+
+def test_paged_rows_do_not_depend_on_how_ranges_are_shared_out(native: Kernels, dtype: torch.dtype) -> None:
+    """Alone, a sequence's ranges are joined from parts; in company, its rows see them one after another."""
+    contexts, counts = [2100, 1030, *([40] * 20)], [5, 12, *([1] * 20)]
+    q, keys, values = _batch(contexts, counts, 4, 2, 64, dtype)
+    cache = Cache.fill(keys, values, 16)
+    _native.set_num_threads(1)
+    whole = native.paged_attention(q, cache.k, cache.v, cache.tables, starts(counts), cache.lens, 0.2)
+    for threads in (1, 3):
+        _native.set_num_threads(threads)
+        for s in (0, 1):
+            rows = slice(sum(counts[:s]), sum(counts[: s + 1]))
+            lens, tables = cache.lens[s : s + 1], cache.tables[s : s + 1]
+            alone = native.paged_attention(q[rows], cache.k, cache.v, tables, starts([counts[s]]), lens, 0.2)
+            assert torch.equal(alone, whole[rows]), (threads, s)
+            last = q[rows][-1:]
+            alone = native.paged_attention(last, cache.k, cache.v, tables, starts([1]), lens, 0.2)
+            assert torch.equal(alone, whole[rows][-1:]), (threads, s)
+
+
+def _restored(x: Tensor) -> Tensor:
+    codes, scale = quantised(x)
+    return codes.double() * scale.double()[..., None]
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim", "block_size"),
+    [(8, 1, 128, 16), (7, 1, 80, 24), (4, 2, 64, 64), (2, 2, 24, 1), (4, 2, 64, 16)],
+)
+def test_paged_int8_matches_float64(
+    kernels: Kernels, dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int, block_size: int
+) -> None:
+    contexts, counts = [1, 64, 65, 130, 200, 17, 1040, 33], [1, 1, 65, 13, 150, 0, 4, 1]
+    q, keys, values = _batch(contexts, counts, heads, kv_heads, head_dim, dtype)
+    values[3] *= torch.logspace(-2, 1, 130)[:, None, None].to(dtype)  # every token has a scale of its own
+    keys[3] *= torch.logspace(-2, 0.3, 130)[:, None, None].to(dtype)
+    cache, at = fill_int8(keys, values, block_size), starts(counts)
+    scale = head_dim**-0.5
+    args = q, cache.k, cache.v, cache.tables, at, cache.lens, scale, cache.k_scale, cache.v_scale
+    found = kernels.paged_attention(*args)
+    rows = zip(q.split(counts), keys, values, strict=True)
+    wanted = [_attend(r, _restored(k), _restored(v), scale, True) for r, k, v in rows]
+    assert found.dtype == dtype
+    assert_close(found, torch.cat(wanted), size=8, roundings=3)
+
+
+def test_paged_int8_rows_do_not_depend_on_batch_chunks_blocks_nor_threads(
+    native: Kernels, dtype: torch.dtype
+) -> None:
+    contexts, heads, kv_heads, head_dim = [200, 1100], 4, 2, 64
+    counts = [200, 40]
+    q, keys, values = _batch(contexts, counts, heads, kv_heads, head_dim, dtype)
+
+    def attend(cache: Cache, q: Tensor, sequences: slice, counts: list[int], lens: Tensor) -> Tensor:
+        table = cache.tables[sequences]
+        scales = cache.k_scale, cache.v_scale
+        return native.paged_attention(q, cache.k, cache.v, table, starts(counts), lens, 0.2, *scales)
+
+    cache = fill_int8(keys, values, 16)
+    whole = attend(cache, q, slice(None), counts, cache.lens)
+    for block_size in (1, 24, 64):
+        other = fill_int8(keys, values, block_size)
+        assert torch.equal(attend(other, q, slice(None), counts, other.lens), whole), block_size
+    _native.set_num_threads(3)
+    for s, chunk in ((0, 7), (1, 1), (1, 8)):
+        rows, context = q.split(counts)[s], contexts[s]
+        pieces = []
+        for begin in range(context - counts[s], context, chunk):
+            end = min(begin + chunk, context)
+            piece = rows[begin - context + counts[s] :][: end - begin]
+            lens = torch.tensor([end], dtype=torch.int32)
+            pieces.append(attend(cache, piece, slice(s, s + 1), [len(piece)], lens))
+        assert torch.equal(torch.cat(pieces), whole.split(counts)[s]), (s, chunk)
+
+
 @pytest.mark.parametrize("head_dim", [80, 64, 17])
 def test_varlen_matches_float64(kernels: Kernels, dtype: torch.dtype, head_dim: int) -> None:
     counts = [64, 64, 16, 0, 1, 64, 300, 97, 15]
@@ -166,6 +253,16 @@ def test_bad_arguments_raise(kernels: Kernels, dtype: torch.dtype) -> None:
         ("context_lens", torch.tensor([-5], dtype=torch.int32)),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=r"\w+(\[0\])?: expected .*, found"):
+            kernels.paged_attention(**(good | {name: value}))
+
+    codes = fill_int8(keys, values, 16)
+    good |= {"k_cache": codes.k, "v_cache": codes.v, "k_scale": codes.k_scale, "v_scale": codes.v_scale}
+    assert kernels.paged_attention(**good).shape == q.shape
+    for name, value in (
+        ("k_scale", None), ("v_scale", None), ("k_scale", codes.k_scale[:-1]), ("v_scale", codes.v_scale.double()),
+        ("k_cache", cache.k), ("v_cache", cache.v), ("v_scale", codes.v_scale[:, :1]),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=r"\w+: expected .*, found"):
             kernels.paged_attention(**(good | {name: value}))
 
     for wrong in ([0, 2], [0, 4], [0, 5, 3], [], [-1, 3]):

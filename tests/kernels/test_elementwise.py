@@ -122,6 +122,48 @@ def test_rotary_cache(
     )
 
 
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim", "block_size"), [(7, 1, 80, 1), (4, 2, 18, 16)])
+def test_rotary_cache_int8(
+    kernels: Kernels, dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int, block_size: int
+) -> None:
+    tokens, blocks = 9, 20
+    qkv = torch.randn(tokens, (heads + 2 * kv_heads) * head_dim, dtype=dtype)
+    parts = qkv.view(tokens, heads + 2 * kv_heads, head_dim)
+    parts[1, heads:] = 0
+    parts[2, -1] *= 1000
+    parts[3, heads + kv_heads :] = parts[3, heads + kv_heads :].abs() * -1e-3
+    values = parts[:, heads + kv_heads :].clone()
+    turned = _rotated(parts.clone(), (angle := torch.randn(tokens, head_dim // 2)).cos(), angle.sin())
+    keys = turned[:, heads : heads + kv_heads]
+    slots = torch.randperm(blocks * block_size)[:tokens]
+    slots[4] = -1
+    k_cache = torch.full((blocks, kv_heads, head_dim, block_size), -128, dtype=torch.int8)
+    v_cache = torch.full((blocks, kv_heads, block_size, head_dim), -128, dtype=torch.int8)
+    k_scale, v_scale = torch.full((2, blocks, kv_heads, block_size), torch.nan).unbind(0)
+    args = angle.cos(), angle.sin(), slots, k_cache, v_cache, heads, kv_heads, k_scale, v_scale
+    q = kernels.rotary_cache(qkv, *args)
+    assert_close(q, turned[:, :heads])
+    for t, slot in enumerate(slots.tolist()):
+        if slot < 0:
+            continue
+        block, offset = divmod(slot, block_size)
+        for wanted, codes, scale in (
+            (keys[t], k_cache[block, :, :, offset], k_scale[block, :, offset]),
+            (values[t], v_cache[block, :, offset], v_scale[block, :, offset]),
+        ):
+            most = wanted.double().abs().amax(-1)
+            # Keys were rounded to dtype when they were rotated.
+            torch.testing.assert_close(scale.double(), most / 127, rtol=2**-8, atol=0)
+            assert codes.min() >= -127
+            error = (codes.double() * scale.double()[:, None] - wanted.double()).abs()
+            assert (error <= most[:, None] * (0.501 / 127 + 2**-8)).all()
+        exact = values[t].double().abs().amax(-1) / 127
+        torch.testing.assert_close(v_scale[block, :, offset].double(), exact, rtol=1e-6, atol=0)
+    written = (tokens - 1) * kv_heads
+    assert int((~k_scale.isnan()).sum()) == int((~v_scale.isnan()).sum()) == written
+    assert int((k_cache != -128).sum()) == int((v_cache != -128).sum()) == written * head_dim
+
+
 @pytest.mark.parametrize("vocabulary", [1, 5, 16, 17, 2048, 2051])
 def test_greedy(kernels: Kernels, vocabulary: int) -> None:
     logits = torch.randn(6, vocabulary) * 8
@@ -246,3 +288,69 @@ def test_slots_out_of_range_raise(kernels: Kernels, dtype: torch.dtype, slot: in
     k_cache, v_cache = torch.zeros(3, 1, 4, 2, dtype=dtype), torch.zeros(3, 1, 2, 4, dtype=dtype)
     with pytest.raises(ValueError, match=r"slots: expected -1\.\.5"):
         kernels.rotary_cache(qkv, angle, angle, torch.tensor([slot]), k_cache, v_cache, 1, 1)
+
+
+@pytest.mark.parametrize(("channels", "area", "moments"), [(3, 196, 2), (1, 1, 1), (2, 17, 3)])
+def test_pixel_values(kernels: Kernels, dtype: torch.dtype, channels: int, area: int, moments: int) -> None:
+    patches = torch.randint(0, 256, (9, channels * area), dtype=torch.uint8)
+    levels = torch.randn(channels, 256).to(dtype)
+    order = torch.tensor([8, 0, 3, 3, 7])
+    out = torch.full((5, channels * moments * area), torch.nan, dtype=dtype)
+    kernels.pixel_values(patches, order, levels, moments, out)
+    for i, at in enumerate(order.tolist()):
+        for c in range(channels):
+            pixels = patches[at, c * area : (c + 1) * area]
+            wanted = torch.stack([levels[c, byte] for byte in pixels.tolist()])
+            for t in range(moments):
+                first = (c * moments + t) * area
+                assert torch.equal(out[i, first : first + area], wanted)
+    kernels.pixel_values(patches, order[:0], levels, moments, out[:0])
+
+
+def test_pixel_values_refuses_what_it_cannot_take(kernels: Kernels, dtype: torch.dtype) -> None:
+    good = dict(
+        patches=torch.zeros(4, 12, dtype=torch.uint8),
+        order=torch.tensor([0, 3]),
+        levels=torch.zeros(3, 256, dtype=dtype),
+        moments=2,
+        out=torch.zeros(2, 24, dtype=dtype),
+    )
+    for argument, bad in (
+        ("patches", torch.zeros(4, 12, dtype=torch.int32)),
+        ("patches", torch.zeros(4, 13, dtype=torch.uint8)),
+        ("order", torch.tensor([0, 4])),
+        ("order", torch.tensor([-1, 0])),
+        ("levels", torch.zeros(3, 255, dtype=dtype)),
+        ("levels", torch.zeros(0, 256, dtype=dtype)),
+        ("moments", 0),
+        ("out", torch.zeros(2, 25, dtype=dtype)),
+        ("out", torch.zeros(2, 24, dtype=torch.float64)),
+    ):
+        with pytest.raises(
+            ValueError, match="patches" if argument == "levels" and len(bad) == 0 else argument
+        ):
+            kernels.pixel_values(*(good | {argument: bad}).values())
+
+
+def test_mrope_angles(kernels: Kernels) -> None:
+    positions = torch.tensor([[4, 0, 6, 1], [5, 3, 6, 2], [0, 1, 2, 6]])
+    axis = torch.tensor([0, 2, 1, 1, 0])
+    cos, sin = torch.randn(7, 5), torch.randn(7, 5)
+    found = kernels.mrope_angles(positions, axis, cos, sin)
+    for table, angles in zip((cos, sin), found, strict=True):
+        assert angles.is_contiguous()
+        for t in range(4):
+            for f in range(5):
+                assert angles[t, f] == table[positions[axis[f], t], f]
+    assert kernels.mrope_angles(positions[:, :0].contiguous(), axis, cos, sin)[0].shape == (0, 5)
+    good = dict(positions=positions, axis=axis, cos=cos, sin=sin)
+    for argument, bad in (
+        ("positions", positions + 1),
+        ("positions", positions - 1),
+        ("positions", positions[:2]),
+        ("axis", axis + 1),
+        ("cos", cos[:, :4]),
+        ("sin", sin[:6].contiguous()),
+    ):
+        with pytest.raises(ValueError, match=argument):
+            kernels.mrope_angles(*(good | {argument: bad}).values())

@@ -2,14 +2,24 @@ import pytest
 import torch
 
 import pagemill._native as _native
-from pagemill.kernels import Kernels
-from tests.kernels.conftest import assert_close
+from pagemill.kernels import Kernels, Scheme
+from tests.kernels.conftest import LINEAR_ISAS, assert_close, open_kernels
 
 SHAPES = [
     (1, 1, 1), (1, 32, 256), (2, 33, 257), (3, 31, 100), (4, 64, 512), (5, 96, 513), (6, 40, 255),
     (7, 257, 64), (11, 32, 1), (12, 128, 96), (13, 97, 300), (24, 65, 70), (25, 32, 33), (95, 64, 48),
-    (96, 64, 48), (97, 160, 300), (193, 1000, 80),
+    (96, 64, 48), (97, 160, 300), (193, 1000, 80), (16, 96, 700), (17, 70, 331), (225, 40, 640), (520, 33, 32),
 ]  # fmt: skip
+
+
+@pytest.fixture(params=["reference", *LINEAR_ISAS])
+def kernels(request: pytest.FixtureRequest, dtype: torch.dtype) -> Kernels:
+    return open_kernels(request.param, dtype)
+
+
+@pytest.fixture(params=LINEAR_ISAS)
+def native(request: pytest.FixtureRequest, dtype: torch.dtype) -> Kernels:
+    return open_kernels(request.param, dtype)
 
 
 @pytest.mark.parametrize("with_bias", [False, True])
@@ -63,11 +73,11 @@ def test_no_rows(kernels: Kernels, dtype: torch.dtype) -> None:
 
 
 def test_rows_do_not_depend_on_the_batch_nor_on_threads(native: Kernels, dtype: torch.dtype) -> None:
-    for n, k in [(256, 768), (97, 301), (1000, 40)]:
+    for n, k in [(256, 768), (97, 401), (1000, 40)]:
         packed = native.pack_linear(torch.randn(n, k), torch.randn(n))
         x = torch.randn(200, k, dtype=dtype)
         whole = native.linear(x, packed)
-        for size in (1, 2, 3, 4, 5, 6, 7, 11, 12, 13, 24, 96, 97):
+        for size in (1, 2, 3, 4, 5, 6, 7, 11, 12, 13, 16, 17, 24, 32, 33, 96, 97):
             assert torch.equal(native.linear(x[100 : 100 + size], packed), whole[100 : 100 + size]), (
                 n,
                 k,
@@ -99,3 +109,58 @@ def test_bad_arguments_raise(kernels: Kernels, dtype: torch.dtype) -> None:
         kernels.pack_linear(torch.randn(40, 16), torch.randn(41))
     with pytest.raises(ValueError, match="weight: expected"):
         kernels.pack_linear(torch.zeros(40, 16, dtype=torch.int64), None)
+
+
+@pytest.mark.parametrize("scheme", ["plain", "int8", "int4"])
+def test_swiglu_fused_with_its_projections(kernels: Kernels, dtype: torch.dtype, scheme: Scheme) -> None:
+    unit = 3e-6 if dtype == torch.float32 else 2.0**-7  # torch rounds gate and up too
+    for m, n, k in [(1, 1, 5), (2, 16, 40), (3, 17, 300), (7, 150, 64), (30, 47, 132)]:
+        x = torch.randn(m, k, dtype=dtype)
+        gate, up = torch.randn(2, n, k, dtype=dtype) / k**0.5
+        bias = torch.randn(2 * n, dtype=dtype) if n % 2 else None
+        apart = kernels.pack_linear([gate, up], bias, scheme=scheme)
+        a, b = kernels.linear(x, apart, out_float32=True).double().chunk(2, 1)
+        packed = kernels.pack_swiglu(gate, up, bias, scheme=scheme)
+        assert (packed.out_features, packed.in_features) == (n, k)
+        found = kernels.linear_swiglu(x, packed)
+        assert found.dtype == dtype
+        torch.testing.assert_close(found.double(), a * a.sigmoid() * b, rtol=2 * unit, atol=unit)
+        with pytest.raises(ValueError, match="packed: expected"):
+            kernels.linear(x, packed)
+        with pytest.raises(ValueError, match="packed: expected"):
+            kernels.linear_swiglu(x, apart)
+        with pytest.raises(ValueError, match="up: expected"):
+            kernels.pack_swiglu(gate, torch.cat([up, up]), None)
+
+
+def test_swiglu_packs_pairs_larger_than_a_piece(native: Kernels, dtype: torch.dtype) -> None:
+    gate, up = torch.randn(2, 1700, 700, dtype=dtype) / 700**0.5
+    x = torch.randn(2, 700, dtype=dtype)
+    a, b = x.double() @ gate.double().T, x.double() @ up.double().T
+    found = native.linear_swiglu(x, native.pack_swiglu(gate, up, None))
+    assert_close(found, a * a.sigmoid() * b, size=20)
+
+
+@pytest.mark.parametrize("scheme", ["plain", "int8", "int4"])
+def test_adds_to_a_residual(kernels: Kernels, dtype: torch.dtype, scheme: Scheme) -> None:
+    for m, n, k in [(1, 1, 5), (3, 50, 300), (30, 97, 64)]:
+        x, around = torch.randn(m, k, dtype=dtype), torch.randn(m, n + 3, dtype=dtype)
+        before, residual = around.clone(), around[:, :n]
+        packed = kernels.pack_linear(torch.randn(n, k), torch.randn(n), scheme=scheme)
+        y = kernels.linear(x, packed, out_float32=True)
+        assert kernels.linear(x, packed, residual=residual) is residual
+        assert torch.equal(around[:, n:], before[:, n:])
+        assert torch.equal(residual, (before[:, :n].float() + y).to(dtype))
+    for bad in (residual[:, 1:], residual[1:], residual.to(torch.float64)):
+        with pytest.raises(ValueError, match="residual: expected"):
+            kernels.linear(x, packed, residual=bad)
+
+
+@pytest.mark.parametrize("scheme", ["plain", "int8"])
+def test_fused_rows_do_not_depend_on_the_batch(native: Kernels, dtype: torch.dtype, scheme: Scheme) -> None:
+    gate, up = torch.randn(2, 75, 300)
+    packed = native.pack_swiglu(gate, up, torch.randn(150), scheme=scheme)
+    x = torch.randn(110, 300, dtype=dtype)
+    whole = native.linear_swiglu(x, packed)
+    for first, size in [(0, 1), (5, 3), (11, 12), (3, 97)]:
+        assert torch.equal(native.linear_swiglu(x[first : first + size], packed), whole[first : first + size])

@@ -1,3 +1,8 @@
+import os
+import subprocess
+import sys
+import textwrap
+
 import pytest
 import torch
 
@@ -21,16 +26,33 @@ def test_forced_kinds_are_what_they_say(dtype: torch.dtype) -> None:
     assert set(select("native", CPU, dtype).describe().values()) == {f"native ({_native.isa()})"}
 
 
-def test_amx_keeps_the_matrix_kernels_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_native, "has_amx", lambda: True)
-    kernels = select("auto", CPU, torch.bfloat16)
-    assert kernels.describe()["linear"] == kernels.describe()["embed"] == "reference (torch)"
-    assert kernels.describe()["paged_attention"].startswith("native")
-    packed = kernels.pack_linear(torch.eye(8), None)
-    assert torch.equal(kernels.linear(torch.ones(1, 8, dtype=torch.bfloat16), packed), torch.ones(1, 8))
-    assert kernels.embed(torch.tensor([2]), packed).shape == (1, 8)
-    assert select("native", CPU, torch.bfloat16).describe()["linear"].startswith("native")
-    assert select("auto", CPU, torch.float32).describe()["linear"].startswith("native")
+@pytest.mark.parametrize("forced", [*_native.isas(), *_native.emulated_isas(), ""])
+def test_the_environment_forces_an_instruction_set(forced: str) -> None:
+    assert _run("import pagemill._native as n; print(n.isa())", forced) == (forced or _native.isas()[0])
+
+
+def test_an_instruction_set_that_the_machine_lacks_is_refused_before_any_work() -> None:
+    told = _run(
+        """
+        import torch
+        from pagemill.errors import KernelUnavailable
+        from pagemill.kernels import select
+        for kind in ("auto", "reference"):
+            try:
+                select(kind, torch.device("cpu"), torch.float32)
+            except KernelUnavailable as error:
+                print(error)
+        """,
+        "sse9",
+    ).splitlines()
+    names = ", ".join(_native.isas())
+    assert told == [f"PAGEMILL_ISA: expected one of this machine's {names}, found sse9"] * 2
+
+
+def _run(code: str, isa: str) -> str:
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    environment = {**os.environ, "PAGEMILL_ISA": isa}
+    return subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout.strip()
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from pagemill import kernels
 from pagemill.kernels import kv_cache_shapes
+from pagemill.kernels.pixels import normalisation
 from pagemill.model.config import read_config
 from pagemill.model.decoder import RaggedBatch
 from pagemill.model.loader import find_checkpoint, load_model
@@ -40,6 +41,18 @@ SHAPES = {
     ),
 }
 IMAGE, VOCAB = 90, 100
+LEVELS = torch.tensor(normalisation((0.4, 0.5, 0.6), (0.2, 0.3, 0.25)))
+
+
+def random_bytes(count: int, generator: torch.Generator) -> torch.Tensor:
+    return torch.randint(0, 256, (count, 3 * 14 * 14), generator=generator, dtype=torch.uint8)
+
+
+def values_of(patches: torch.Tensor) -> torch.Tensor:
+    """What transformers' image processor makes of patches: normalised, every pixel at both moments."""
+    pixels = patches.view(len(patches), 3, 1, 196).double() / 255
+    mean, std = torch.tensor([[0.4, 0.5, 0.6], [0.2, 0.3, 0.25]], dtype=torch.double)[:, :, None, None]
+    return ((pixels - mean) / std).repeat(1, 1, 2, 1).view(len(patches), 1176).float()
 
 
 def random_checkpoint(
@@ -72,7 +85,7 @@ def hf_logits(model, token_ids, patches, grids):
     ids = torch.tensor([token_ids])
     kwargs = {}
     if grids:
-        kwargs = dict(pixel_values=torch.cat(patches), image_grid_thw=torch.tensor(grids))
+        kwargs = dict(pixel_values=values_of(torch.cat(patches)), image_grid_thw=torch.tensor(grids))
     with torch.no_grad():
         return model(
             input_ids=ids,
@@ -88,7 +101,8 @@ def our_logits(folder, token_ids, patches, grids, kind, chunk=None, block_size=1
     device, dtype = torch.device("cpu"), torch.float32
     k = kernels.select(kind, device, dtype)
     model = load_model(folder, config, k, device, dtype)
-    embeds = model.vision(list(zip(patches, grids, strict=True))) if grids else []
+    images = [(patch, LEVELS, grid) for patch, grid in zip(patches, grids, strict=True)]
+    embeds = model.vision(images) if grids else []
     t, merge = config.text, config.vision.spatial_merge_size
     starts, at = [], 0
     for grid in grids:
@@ -155,7 +169,7 @@ def test_logits_of_random_shapes(tmp_path, shape, grids, kind):
     text, vision = SHAPES[shape]
     reference = random_checkpoint(tmp_path, text, vision)
     generator = torch.Generator().manual_seed(1)
-    patches = [torch.randn(g[0] * g[1] * g[2], 1176, generator=generator) for g in grids]
+    patches = [random_bytes(g[0] * g[1] * g[2], generator) for g in grids]
     ids = prompt_of(grids, IMAGE)
     expected = hf_logits(reference, ids, patches, grids)
     for chunk, block_size in ((None, 16), (7, 4)):
@@ -170,7 +184,7 @@ def test_logits_of_the_miniature(kind):
     reference = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
     grids = [(1, 48, 32)]
     generator = torch.Generator().manual_seed(2)
-    patches = [torch.randn(48 * 32, 1176, generator=generator)]
+    patches = [random_bytes(48 * 32, generator)]
     config = json.loads((folder / "config.json").read_text())
     ids = prompt_of(grids, config["image_token_id"], text=(2035, 300), tail=range(100, 140))
     expected = hf_logits(reference, ids, patches, grids)

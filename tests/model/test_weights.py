@@ -28,8 +28,9 @@ def embeddings(folder, dtype=torch.float32):
     """What a checkpoint computes for one image: sensitive to every vision weight."""
     k = kernels.select("reference", CPU, dtype)
     model = load_model(folder, read_config(folder), k, CPU, dtype)
-    patches = torch.linspace(-1, 1, 16 * 1176).view(16, 1176)
-    image = model.vision([(patches, (1, 4, 4))])[0].float()
+    patches = (torch.arange(16 * 588) * 37 % 256).to(torch.uint8).view(16, 588)
+    levels = torch.linspace(-1, 1, 3 * 256).view(3, 256)
+    image = model.vision([(patches, levels, (1, 4, 4))])[0].float()
     tokens = model.decoder.kernels.embed(torch.tensor([1, 7, 2047]), model.decoder.embed_tokens).float()
     return torch.cat([image, tokens])
 

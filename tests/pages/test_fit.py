@@ -122,7 +122,7 @@ def test_a_pdf_page_that_has_to_grow_gains_detail():
     assert ink.text_height == pytest.approx(12, rel=0.15)
     enlarged = PROCESSOR.prepare(coarse, size=(height, width)).patches
     exact = PROCESSOR.prepare(rendered, size=(height, width)).patches
-    error = [np.abs(patches - exact).mean() for patches in (image.patches, enlarged)]
+    error = [np.abs(patches.astype(int) - exact).mean() for patches in (image.patches, enlarged)]
     assert error[0] < 0.6 * error[1]
 
 

@@ -9,6 +9,7 @@ import PIL
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from micro import shown
 from PIL import Image
 from transformers.models.qwen2_vl import image_processing_pil_qwen2_vl as hf
 
@@ -59,8 +60,8 @@ def test_sample_pages_are_prepared_as_by_the_checkpoints_own_processor(name, ker
     prepared = ImageProcessor.from_folder(TINY).prepare(np.asarray(picture), kernel)
     assert prepared.grid == tuple(expected["image_grid_thw"][0])
     assert prepared.num_tokens == len(expected["pixel_values"]) // 4
-    assert prepared.patches.dtype == np.float32
-    np.testing.assert_allclose(prepared.patches, expected["pixel_values"], rtol=0, atol=1e-5)
+    assert prepared.patches.dtype == np.uint8
+    np.testing.assert_allclose(shown(prepared), expected["pixel_values"], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -75,7 +76,7 @@ def test_ugly_pages_are_prepared_as_by_qwen2_vl(shape):
     expected = processor(images=[Image.fromarray(rgb)], return_tensors="np")
     prepared = ours.prepare(rgb)
     assert prepared.grid == tuple(expected["image_grid_thw"][0])
-    np.testing.assert_allclose(prepared.patches, expected["pixel_values"], rtol=0, atol=1e-5)
+    np.testing.assert_allclose(shown(prepared), expected["pixel_values"], rtol=0, atol=1e-5)
 
 
 def test_a_page_too_long_is_one_sentence():

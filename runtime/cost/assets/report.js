@@ -21,7 +21,7 @@
     return [[1, 2, 5], [1, 3], [1]].map(all).find((ticks) => ticks.length <= most) ?? all([1]);
   };
   const timeTicks = (end, most) => {
-    const step = [60, 120, 300, 600, 1200, 1800, 3600, 7200, 18000, 36000, 86400, 172800].find((s) => s * most >= end);
+    const step = [20, 30, 60, 120, 300, 600, 1200, 1800, 3600, 7200, 18000, 36000, 86400, 172800].find((s) => s * most >= end);
     return end <= 100 || !step ? d3.ticks(0, end, most) : d3.range(0, end + 1e-9, step);
   };
   const clip = (text, most) => (text.length > most ? text.slice(0, most - 1) + "…" : text);
@@ -90,6 +90,14 @@
     const onLine = new Set([...data.frontier, ...data.publishedFrontier]);
     const at = points.map((p) => ({ name: p.name, said: clip(p.name, width < 560 ? 18 : 30), group: p.group, x: sx(x(p)), y: sy(y(p)) }));
     const taken = at.map((p) => [p.x - 6, p.y - 6, p.x + 6, p.y + 6]);
+    for (const names of [data.frontier, data.publishedFrontier]) { // names stand on no line
+      const line = names.map((name) => at.find((p) => p.name === name)).filter(Boolean);
+      line.forEach((p, i) => {
+        const next = line[i + 1];
+        taken.push([p.x, p.y - 1, next ? next.x : width, p.y + 1]);
+        if (next) taken.push([next.x - 1, next.y, next.x + 1, p.y]);
+      });
+    }
     const bounds = [48, 4, width - 4, +plot.getAttribute("height") - 40];
     const free = (box) => box[0] >= bounds[0] && box[1] >= bounds[1] && box[2] <= bounds[2] && box[3] <= bounds[3] &&
       !taken.some((t) => box[0] < t[2] && box[2] > t[0] && box[1] < t[3] && box[3] > t[1]);
@@ -138,7 +146,7 @@
     });
   }
 
-  let line = Math.max(0, data.timelines.findIndex((one) => one.run === data.chosen));
+  let line = Math.max(0, data.timelines.findIndex((one) => one.run === data.shown));
   function timeline(width) {
     const one = data.timelines[line];
     if (!one) return null;
@@ -178,12 +186,14 @@
     const points = swept.flat().filter((p) => p.p95 != null);
     if (!points.length) return null;
     const slowest = (d3.max(points, (p) => p.p95) || 1) * 1.08;
+    const rates = points.map((p) => p.rate), most = d3.max(rates) * 1.08;
+    const log = d3.min(rates) > 0 && most / d3.min(rates) >= 8; // a small machine beside a large one
     return Plot.plot({
       width, height: Math.max(260, Math.min(340, width * 0.7)), marginLeft: 54, marginRight: 24, marginTop: 26, marginBottom: 40, style: theme,
-      x: { domain: [0, d3.max(points, (p) => p.rate) * 1.08] },
+      x: log ? { type: "log", domain: withinLog(rates, 0.08) } : { domain: [0, most] },
       y: { label: "time of a page", tickFormat: time, domain: [0, slowest], ticks: timeTicks(slowest, 6) },
       marks: [
-        ...axis(d3.ticks(0, d3.max(points, (p) => p.rate) * 1.08, Math.max(3, width / 90)), String, "pages/s"), Plot.gridY({ ticks: timeTicks(slowest, 6), stroke: color("rule"), strokeOpacity: 1 }),
+        ...axis(log ? logTicks(withinLog(rates, 0.08), width / 52) : d3.ticks(0, most, Math.max(3, width / 90)), round, "pages/s"), Plot.gridY({ ticks: timeTicks(slowest, 6), stroke: color("rule"), strokeOpacity: 1 }),
         ...lines("p50", "rate", { strokeDasharray: "1.5 4", strokeWidth: 1.5 }), ...lines("p95", "rate", { strokeWidth: 2 }), ...dots("p95", "rate"),
         Plot.text(points, { x: "rate", y: "p95", text: (p) => round(p.value), dy: -11, fontSize: 11, fill: color("muted"), stroke: color("card"), strokeWidth: 3 }),
         tip("p95", "rate", width),

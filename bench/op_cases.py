@@ -1,0 +1,225 @@
+"""What the benchmarks of single ops share: shapes, the limits of a machine, and ops with what they compute and move.
+
+`bench/kernels` times every op on every implementation, `cpu_limits.py` those that have an aim.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import cycle
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pagemill.kernels import Kernels, PackedLinear, Scheme, kv_cache_shapes
+from pagemill.model.config import read_config
+from pagemill.model.loader import find_checkpoint
+
+_BLOCK = 16
+_STREAM_BYTES = 1 << 28
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes of one model."""
+
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocabulary: int
+    vision: int
+    vision_intermediate: int
+    vision_heads: int
+
+    @property
+    def qkv(self) -> int:
+        return (self.heads + 2 * self.kv_heads) * self.head_dim
+
+    @property
+    def vision_head_dim(self) -> int:
+        return self.vision // self.vision_heads
+
+    def matrices(self) -> dict[str, tuple[int, int]]:
+        """Output and input features of the linear layers."""
+        return {
+            "qkv": (self.qkv, self.hidden),
+            "gate_up": (2 * self.intermediate, self.hidden),
+            "down": (self.hidden, self.intermediate),
+            "vision_qkv": (3 * self.vision, self.vision),
+            "vision_gate_up": (2 * self.vision_intermediate, self.vision),
+            "vision_down": (self.vision, self.vision_intermediate),
+            "head": (self.vocabulary, self.hidden),
+        }
+
+
+def _tiny() -> Shape:
+    config = read_config(find_checkpoint("pagemill-tiny"))
+    t, v = config.text, config.vision
+    return Shape(
+        *(t.hidden_size, t.intermediate_size, t.num_heads, t.num_kv_heads, t.head_dim, t.vocab_size),
+        *(v.hidden_size, v.intermediate_size, v.num_heads),
+    )
+
+
+SHAPES = {"tiny": _tiny(), "3b": Shape(2048, 11008, 16, 2, 128, 151936, 1280, 3420, 16)}
+
+
+# The limits of this machine.
+
+
+def wait(device: str) -> None:
+    """Until the device has done what it was given."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def best_seconds(
+    run: Callable[[], object], device: str, clock: Callable[[], float] = time.perf_counter, rounds: int = 3
+) -> float:
+    """The fastest of some rounds, as other programs only ever add time."""
+    seconds = []
+    for _ in range(rounds):
+        started = clock()
+        run()
+        wait(device)
+        seconds.append(clock() - started)
+    return min(seconds)
+
+
+@lru_cache
+def _square(dtype: torch.dtype, device: str) -> Tensor:
+    n = 1024 if device == "cpu" else 8192
+    if dtype == torch.int8:
+        return torch.randint(-127, 128, (n, n), dtype=dtype, device=device)
+    return torch.randn(n, n).to(device, dtype)
+
+
+def peak(dtype: torch.dtype, device: str, clock: Callable[[], float] = time.perf_counter) -> float:
+    """Operations a second of torch's matrix product just now (oneDNN on a processor), two a multiply-add; int8 sums in int32."""
+    a = _square(dtype, device)
+    product = torch._int_mm if dtype == torch.int8 else torch.mm
+    return 2 * len(a) ** 3 / best_seconds(lambda: product(a, a), device, clock)
+
+
+def bandwidth(device: str, clock: Callable[[], float] = time.perf_counter) -> float:
+    """Bytes a second of a sum over memory that no cache holds, just now, on torch's number of threads."""
+    return _STREAM_BYTES / best_seconds(_streaming_sum(device, torch.get_num_threads()), device, clock)
+
+
+@lru_cache
+def _streaming_sum(device: str, threads: int) -> Callable[[], object]:
+    if device == "cuda":
+        return torch.ones(_STREAM_BYTES // 4, device=device).sum
+    # On one thread NumPy's sum of integers reads faster than any of torch's.
+    parts = np.array_split(np.ones(_STREAM_BYTES // 8, np.int64), threads)
+    if threads == 1:
+        return parts[0].sum
+    pool = ThreadPoolExecutor(threads)
+    return lambda: list(pool.map(np.sum, parts))
+
+
+# The ops.
+
+
+@dataclass(frozen=True)
+class Work:
+    """One op on inputs of its own."""
+
+    call: Callable[[], object]
+    flops: float
+    """Operations of one call, two a multiply-add."""
+    moved: float
+    """Bytes that one call has to move."""
+
+
+@dataclass(eq=False)
+class Ops:
+    """Kernels, and where and in what dtype they compute."""
+
+    kernels: Kernels
+    dtype: torch.dtype
+    device: str = "cpu"
+
+    def tensor(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.randn(shape).to(self.device, dtype or self.dtype)
+
+    def ints(self, values: Any, dtype: torch.dtype = torch.int32) -> Tensor:
+        return torch.as_tensor(values, dtype=dtype, device=self.device)
+
+    def pack(self, shape: Shape, layer: str, *, scheme: Scheme = "plain", bias: bool = False) -> PackedLinear:
+        """Random weights of one of `Shape.matrices`, as the model packs them: gate and up for `linear_swiglu`."""
+        n, k = shape.matrices()[layer]
+        added = self.tensor(n) if bias else None
+        weight = torch.empty(n, k, dtype=self.dtype, device=self.device).normal_()
+        if layer.endswith("gate_up"):
+            return self.kernels.pack_swiglu(*weight.chunk(2), added, scheme=scheme)
+        return self.kernels.pack_linear(weight, added, scheme=scheme)
+
+    def linear(
+        self,
+        packed: Sequence[PackedLinear],
+        rows: int,
+        *,
+        weight_bytes: float | None = None,
+        out_float32: bool = False,
+    ) -> Work:
+        """A linear layer; calls take turns with copies of its weight, so that no cache holds it."""
+        n, k, size = packed[0].out_features, packed[0].in_features, self.dtype.itemsize
+        features = 2 * n if packed[0].gated else n
+        x, turns = self.tensor(rows, k), cycle(packed)
+        moved = features * k * size if weight_bytes is None else weight_bytes
+        moved += rows * (k * size + n * (4 if out_float32 else size))
+        if packed[0].gated:
+            call: Callable[[], object] = lambda: self.kernels.linear_swiglu(x, next(turns))  # noqa: E731
+        else:
+            call = lambda: self.kernels.linear(x, next(turns), out_float32=out_float32)  # noqa: E731
+        return Work(call, 2 * rows * features * k, moved)
+
+    def cache(self, shape: Shape, sequences: int, context: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys, values and the tables of sequences whose blocks lie scattered."""
+        each = -(-context // _BLOCK)
+        k, v = kv_cache_shapes(sequences * each, shape.kv_heads, shape.head_dim, _BLOCK)
+        tables = self.ints(torch.randperm(sequences * each).view(sequences, each))
+        return self.tensor(*k), self.tensor(*v), tables
+
+    def slots(self, tables: Tensor, tokens: int) -> Tensor:
+        """Where the first tokens of sequence 0 lie."""
+        position = torch.arange(tokens, device=self.device)
+        return tables[0].long()[position // _BLOCK] * _BLOCK + position % _BLOCK
+
+    def paged_attention(
+        self, shape: Shape, sequences: int, rows: int, context: int, *, copies: int = 1
+    ) -> Work:
+        """The last `rows` tokens of every sequence; calls take turns with `copies` of the batch's cache."""
+        k, v, tables = self.cache(shape, sequences * copies, context)
+        turns = cycle(tables.view(copies, sequences, -1).unbind())
+        q = self.tensor(sequences * rows, shape.heads, shape.head_dim)
+        starts = self.ints(np.arange(sequences + 1) * rows)
+        lens = self.ints([context] * sequences)
+        pairs = sequences * sum(range(context - rows + 1, context + 1))
+        moved = 2 * sequences * context * shape.kv_heads * shape.head_dim + 2 * q.numel()
+        scale = shape.head_dim**-0.5
+        return Work(
+            lambda: self.kernels.paged_attention(q, k, v, next(turns), starts, lens, scale),
+            4 * pairs * shape.heads * shape.head_dim,
+            moved * self.dtype.itemsize,
+        )
+
+    def varlen_attention(self, shape: Shape, segments: int, length: int) -> Work:
+        """Vision attention: every patch of a segment to every other."""
+        rows, head_dim = segments * length, shape.vision_head_dim
+        q, k, v = self.tensor(rows, 3, shape.vision_heads, head_dim).unbind(1)
+        starts = self.ints(np.arange(segments + 1) * length)
+        return Work(
+            lambda: self.kernels.varlen_attention(q, k, v, starts, head_dim**-0.5),
+            4 * segments * length**2 * shape.vision,
+            4 * rows * shape.vision * self.dtype.itemsize,
+        )
