@@ -21,6 +21,7 @@ demo: $(INSTALLED)
 
 test: lint
 	$(PY) -m pytest
+	TRITON_INTERPRET=1 $(PY) -m pytest tests/gpu
 
 lint: $(INSTALLED)
 	$(PY) -m ruff check .

@@ -8,7 +8,7 @@ from setuptools import find_packages, setup
 ParallelCompile("PAGEMILL_BUILD_JOBS", default=2).install()
 
 setup(
-    packages=["pagemill", "pagemill.kernels"]
+    packages=["pagemill", "pagemill.kernels", "pagemill.kernels.gpu"]
     + [f"pagemill.{name}" for name in find_packages("runtime") if not name.startswith("assets")],
     package_dir={"pagemill": "runtime", "pagemill.kernels": "kernels"},
     package_data={
