@@ -14,7 +14,8 @@ price=${PRICE:-0.09} # two virtual cores at the price of an on-demand compute in
 pagemill() { "$python" -m pagemill "$@"; }
 
 if [ "${1:-}" != --draw ]; then
-    "$python" -c 'import rapidocr' && tesseract --version >/dev/null
+    "$python" -c 'import rapidocr'
+    tesseract --version >/dev/null
     pagemill bench --sweep concurrency=1,4,16,32 --price "$price" -o results/bench.json
     OMP_THREAD_LIMIT=1 pagemill compare pages/*.png --truth pages/truth.jsonl --alignment --price "$price" \
         -e pagemill-tiny -e "Tesseract=command:tesseract {image} - -l por" -e RapidOCR=python:engines:rapidocr \
