@@ -142,7 +142,9 @@ def paged_kernel(
     if SPLIT:
         at = (tl.program_id(2) * num_tokens + begin + token).to(tl.int64) * heads + which
         tl.store(partial + at[:, None] * D + d[None, :], acc, mask=mine[:, None])
-        tl.store(partial_lse + at, maximum + tl.log2(total), mask=mine)  # -inf where the range holds no visible key
+        tl.store(
+            partial_lse + at, maximum + tl.log2(total), mask=mine
+        )  # -inf where the range holds no visible key
     else:
         at = (begin + token).to(tl.int64) * out_token + which * D
         tl.store(out + at[:, None] + d[None, :], acc.to(out.dtype.element_ty), mask=mine[:, None])
@@ -232,7 +234,9 @@ def varlen_kernel(
         full, end, end, scale, MAIN, TAIL, TILE_N, True, PRECISION,
     )  # fmt: skip
     at = out + row * out_row + head * D
-    tl.store(at[:, None] + d[None, :], (acc_main / total[:, None]).to(out.dtype.element_ty), mask=mine[:, None])
+    tl.store(
+        at[:, None] + d[None, :], (acc_main / total[:, None]).to(out.dtype.element_ty), mask=mine[:, None]
+    )
     if TAIL > 0:
         t = MAIN + tl.arange(0, TAIL)
         tail = (acc_tail / total[:, None]).to(out.dtype.element_ty)
@@ -263,7 +267,7 @@ def paged_attention(
     `num_splits` > 1 cuts every context into at most so many ranges of equal size: for batches too small to fill the GPU.
     """
     tokens, heads, d = q.shape
-    blocks, kv_heads, block_size, _ = k_cache.shape
+    _, kv_heads, block_size, _ = k_cache.shape
     group = heads // kv_heads
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     sequences = context_lens.shape[0]
@@ -288,7 +292,9 @@ def paged_attention(
     )  # fmt: skip
     if split:
         rows = tokens * heads
-        merge_kernel[(rows,)](partial, lse, out, rows, num_splits, D=d, SPLITS=triton.next_power_of_2(num_splits))
+        merge_kernel[(rows,)](
+            partial, lse, out, rows, num_splits, D=d, SPLITS=triton.next_power_of_2(num_splits)
+        )
     return out
 
 

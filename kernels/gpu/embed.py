@@ -11,7 +11,9 @@ __all__ = ["embed"]
 
 
 @triton.jit
-def embed_kernel(ids, image_index, weight, images, out, H, weight_row, IMAGES: tl.constexpr, TILE: tl.constexpr):
+def embed_kernel(
+    ids, image_index, weight, images, out, H, weight_row, IMAGES: tl.constexpr, TILE: tl.constexpr
+):
     """One token's row, TILE columns: of the image embeddings where its index is >= 0, else of the weight."""
     token = tl.program_id(0).to(tl.int64)
     h = tl.program_id(1) * TILE + tl.arange(0, TILE)
@@ -23,7 +25,9 @@ def embed_kernel(ids, image_index, weight, images, out, H, weight_row, IMAGES: t
     tl.store(out + token * H + h, tl.load(row + h, mask=mask, other=0.0), mask=mask)
 
 
-def embed(ids: Tensor, weight: Tensor, hidden: int, image_index: Tensor | None = None, images: Tensor | None = None) -> Tensor:
+def embed(
+    ids: Tensor, weight: Tensor, hidden: int, image_index: Tensor | None = None, images: Tensor | None = None
+) -> Tensor:
     """Rows `ids [T]` (int64, not checked) of `weight [V, >= hidden]`: `[T, hidden]`; but row `image_index[t]` (int32, -1: none)
     of `images [I, hidden]` where it is given."""
     tokens = ids.shape[0]

@@ -137,14 +137,28 @@ def matmul_kernel(
     whole = last // TILE_K * TILE_K if TAIL else last
     for at in tl.range(first, whole, TILE_K):
         a = tl.load(x_at + at, mask=rows, other=0.0)
-        acc = tl.dot(a, tl.load(w_at + at, mask=features, other=0.0), acc, input_precision=PRECISION, out_dtype=kind)
+        acc = tl.dot(
+            a, tl.load(w_at + at, mask=features, other=0.0), acc, input_precision=PRECISION, out_dtype=kind
+        )
         if GATED:
-            up = tl.dot(a, tl.load(up_at + at, mask=features, other=0.0), up, input_precision=PRECISION, out_dtype=kind)
-    if TAIL:
+            up = tl.dot(
+                a,
+                tl.load(up_at + at, mask=features, other=0.0),
+                up,
+                input_precision=PRECISION,
+                out_dtype=kind,
+            )
+    if TAIL:  # noqa: SIM102 - known when compiled; the other is not
         if whole < last:
             a = tl.load(x_at + whole, mask=rows & (whole + k < K)[None, :], other=0.0)
             there = features & (whole + k < w_row)[:, None]
-            acc = tl.dot(a, tl.load(w_at + whole, mask=there, other=0.0), acc, input_precision=PRECISION, out_dtype=kind)
+            acc = tl.dot(
+                a,
+                tl.load(w_at + whole, mask=there, other=0.0),
+                acc,
+                input_precision=PRECISION,
+                out_dtype=kind,
+            )
             if GATED:
                 b = tl.load(up_at + whole, mask=there, other=0.0)
                 up = tl.dot(a, b, up, input_precision=PRECISION, out_dtype=kind)
@@ -275,7 +289,9 @@ def quantize_kernel(x, out, scale, K, x_row, out_row, LARGEST: tl.constexpr, TIL
     largest = tl.zeros((TILE,), tl.float32)
     for k in range(0, K, TILE):
         at = k + tl.arange(0, TILE)
-        largest = tl.maximum(largest, tl.abs(tl.load(x + row * x_row + at, mask=at < K, other=0.0).to(tl.float32)))
+        largest = tl.maximum(
+            largest, tl.abs(tl.load(x + row * x_row + at, mask=at < K, other=0.0).to(tl.float32))
+        )
     step = tl.maximum(tl.max(largest, 0) / LARGEST, 1e-30)
     tl.store(scale + row, step)
     for k in range(0, out_row, TILE):

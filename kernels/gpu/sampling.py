@@ -14,7 +14,9 @@ __all__ = ["greedy"]
 
 
 @triton.jit
-def greedy_kernel(logits, mask, token, logprob, V, row_stride, words, MASKED: tl.constexpr, TILE: tl.constexpr):
+def greedy_kernel(
+    logits, mask, token, logprob, V, row_stride, words, MASKED: tl.constexpr, TILE: tl.constexpr
+):
     """One row: the largest allowed logit's lowest index, and its log-probability over the whole row."""
     row = tl.program_id(0).to(tl.int64)
     at = logits + row * row_stride

@@ -62,7 +62,14 @@ class Batch:
     [(8, 1, 64, 16, 16, 32), (7, 1, 128, 16, 16, 16), (4, 2, 64, 32, 32, 32), (2, 2, 16, 1, 16, 16), (16, 2, 128, 16, 64, 32)],
 )  # fmt: skip
 def test_paged_matches_float64(
-    dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int, block: int, rows: int, keys: int, splits: int
+    dtype: torch.dtype,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    block: int,
+    rows: int,
+    keys: int,
+    splits: int,
 ) -> None:
     batch = Batch(heads, kv_heads, head_dim, block, dtype)
     scale = head_dim**-0.5
@@ -105,13 +112,13 @@ def test_paged_without_rows() -> None:
     assert found.shape == (0, 2, 16)
 
 
-@pytest.mark.parametrize(("head_dim", "rows", "keys"), [(80, 32, 32), (64, 64, 64), (16, 16, 32), (48, 16, 16)])
+@pytest.mark.parametrize(
+    ("head_dim", "rows", "keys"), [(80, 32, 32), (64, 64, 64), (16, 16, 32), (48, 16, 16)]
+)
 def test_varlen_matches_float64(dtype: torch.dtype, head_dim: int, rows: int, keys: int) -> None:
     lengths = [1, 64, 0, 63, 65, 130, 0]
     q, k, v = torch.randn(sum(lengths), 3, 2, head_dim).to(dtype).unbind(1)
     cu = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
     found = varlen_attention(q, k, v, cu, head_dim**-0.5, tile=Tile(rows, keys, 4, 2))
-    wanted = [
-        attend(q[a:b], k[a:b], v[a:b], head_dim**-0.5, False) for a, b in pairwise(cu.tolist())
-    ]
+    wanted = [attend(q[a:b], k[a:b], v[a:b], head_dim**-0.5, False) for a, b in pairwise(cu.tolist())]
     assert error(found, torch.cat(wanted)) < bound(dtype)

@@ -31,7 +31,7 @@ def inputs(m: int, n: int, k: int, dtype: torch.dtype, gated: bool, extras: bool
     return x, weight, bias, residual
 
 
-@pytest.mark.parametrize(("gated", "extras"), [(False, False), (False, True), (True, False), (True, True)])
+@pytest.mark.parametrize(("gated", "extras"), [(False, False), (True, True)])
 @pytest.mark.parametrize(("m", "n", "k", "splits"), SHAPES)
 def test_plain(m: int, n: int, k: int, splits: int, dtype: torch.dtype, gated: bool, extras: bool) -> None:
     x, weight, bias, residual = inputs(m, n, k, dtype, gated, extras)
@@ -48,10 +48,12 @@ def test_int8(m: int, n: int, k: int, splits: int, dtype: torch.dtype, gated: bo
     step = x.float().abs().amax(1, keepdim=True) / 127
     rounded = (x.float() / step).round() * step
     found = linear(x, pack_scaled(q, scale, bias, gated=gated), tile=tile(m, splits), residual=residual)
-    assert error(found, expected(rounded, q.double() * scale.double()[:, None], bias, residual, gated)) < bound(dtype)
+    assert error(
+        found, expected(rounded, q.double() * scale.double()[:, None], bias, residual, gated)
+    ) < bound(dtype)
 
 
-@pytest.mark.parametrize("group", [32, 64, 128])
+@pytest.mark.parametrize("group", [32, 128])
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize(("m", "n", "k", "splits"), SHAPES)
 def test_int4(m: int, n: int, k: int, splits: int, dtype: torch.dtype, gated: bool, group: int) -> None:
