@@ -127,7 +127,7 @@ class Limits:
     @classmethod
     def measure(cls, clock: Callable[[], float]) -> Limits:
         dtypes = (torch.bfloat16, torch.int8)
-        return cls({dtype: peak(dtype, "cpu", clock) for dtype in dtypes}, bandwidth("cpu", clock))
+        return cls({dtype: peak(dtype, "cpu", clock, size=2048) for dtype in dtypes}, bandwidth("cpu", clock))
 
 
 def measure(cases: list[Case], rounds: int, clock: Callable[[], float]) -> list[Limits]:

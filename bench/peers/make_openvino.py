@@ -2,9 +2,8 @@
 
     make_openvino.py CHECKPOINT int8|int4 OUTPUT
 
-As `optimum-cli export openvino`, which takes 19 GB and an hour's arithmetic at this size, in half of the memory and a tenth
-of the time: weights are mapped instead of read, and the vision tower is traced over a small image (a trace keeps every
-layer's attention scores; sizes are dynamic in what it writes).
+As `optimum-cli export openvino`, in less memory (which takes 19 GB at this size): weights are mapped instead of read, and the
+vision tower is traced over a small image, as a trace keeps every layer's attention scores; sizes are dynamic in what it writes.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 # The checkpoint and its converted forms, FOLDER/weights:  weights.sh FOLDER [hf|openvino-int8|openvino-int4|gguf ...]
 #
 # After install.sh, with the interpreter (PYTHON) that has pagemill. The checkpoint is noise of the 3B shape; to time a trained one,
-# link its folder as FOLDER/weights/hf first: what is there is kept. Together 32 GB of disk; an OpenVINO form takes 19 GB of memory to make.
+# link its folder as FOLDER/weights/hf first: what is there is kept. 20 GB of disk, and 7 more meanwhile.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 mkdir -p "$1/weights" && folder=$(cd "$1" && pwd)
