@@ -669,6 +669,7 @@ def _each(ask: Callable[[PageRef], Answer], pages: Sequence[PageRef], concurrenc
     """Ask for pages one at a time, several side by side; yields in order of completion."""
     begun = time.perf_counter()
     stop = threading.Event()
+    why: list[EngineError] = []  # pages end in any order: the first to fail knows the reason
 
     def one(page: PageRef) -> Answer:
         started = time.perf_counter() - begun
@@ -676,7 +677,8 @@ def _each(ask: Callable[[PageRef], Answer], pages: Sequence[PageRef], concurrenc
             raise EngineError("it was given up")
         try:
             answer = ask(page)
-        except EngineError:
+        except EngineError as error:
+            why.append(error)
             stop.set()
             raise
         except Exception as error:  # one page's surprise must not cost another
@@ -694,10 +696,9 @@ def _each(ask: Callable[[PageRef], Answer], pages: Sequence[PageRef], concurrenc
             if not pending:
                 return
             done, pending = wait(pending, return_when=FIRST_COMPLETED)
-            failed = [error for future in done if (error := future.exception()) is not None]
-            yield from (future.result() for future in done if future.exception() is None)
-            if failed:
-                raise failed[0]
+            yield from (future.result() for future in done if not isinstance(future.exception(), EngineError))
+            if why:
+                raise why[0]
     finally:
         stop.set()
         pool.shutdown(wait=not pending, cancel_futures=True)  # closing the engine ends what still runs

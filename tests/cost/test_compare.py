@@ -8,6 +8,7 @@ import json
 import sys
 import threading
 import time
+from concurrent.futures import wait
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -114,6 +115,15 @@ def test_the_result_file_can_be_reported(pages: Pages, tmp_path: Path) -> None:
 def test_fields_and_plain_text_are_on_equal_terms(pages: Pages) -> None:
     runs = compare(pages, [python("looks_at_shape"), python("right")], QUICK)["runs"]
     assert [run["quality"]["benchmark_score"] for run in runs] == [1.0, 1.0]
+
+
+def test_the_first_reason_is_told_whatever_ends_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def ask(page: PageRef) -> engines.Answer:
+        raise EngineError("the reason")
+
+    monkeypatch.setattr(engines, "wait", lambda pending, return_when: wait(pending))  # all end at once
+    with pytest.raises(EngineError, match="the reason"):
+        list(engines._each(ask, [PageRef(f"p{i}.png", 1) for i in range(64)], 64))
 
 
 def test_an_engine_that_cannot_be_used_costs_itself_alone(pages: Pages) -> None:
