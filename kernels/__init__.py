@@ -55,17 +55,18 @@ class PackSwigluOp(Protocol):
 
 
 class PackQuantizedOp(Protocol):
-    """`pack_quantized(q, scales, zeros, bias, group=128, gated=False)`."""
+    """`pack_quantized(q, scales, zeros, bias, group=128, gated=False, order=None)`; int8 `q` takes None for `zeros`."""
 
     def __call__(
         self,
         q: Tensor,
         scales: Tensor,
-        zeros: Tensor,
+        zeros: Tensor | None,
         bias: Tensor | None,
         *,
         group: int = 128,
         gated: bool = False,
+        order: Tensor | None = None,
     ) -> PackedLinear: ...
 
 

@@ -15,6 +15,9 @@ inner sum in integers, the outer one in order in float32 and multiplied and adde
 the same bits. A NaN or an infinity in a row (int8) or group (int4) of x makes its results NaN.
 
 Fused forms: the layer's gate and up projections with SwiGLU, and a product that is added to a residual.
+
+A weight whose columns were sorted by group (GPTQ's `desc_act`) keeps their order, in which x's columns are gathered first. One
+that is packed twice is multiplied in its wide form from `WIDE_ROWS` rows of x on: there arithmetic costs, below it reading weights.
 """
 
 from __future__ import annotations
@@ -32,8 +35,10 @@ from pagemill.kernels.check import expect, expect_tensor
 from pagemill.kernels.dlpack import dl
 
 __all__ = [
+    "WIDE_ROWS",
     "PackedLinear",
     "Scheme",
+    "check_wide",
     "dequantize_reference",
     "embed_native",
     "embed_reference",
@@ -55,6 +60,8 @@ _WEIGHTS = (torch.float32, torch.bfloat16, torch.float16)
 _PANEL = 32  # output features of a panel, as in csrc/isa.h
 _GROUPS = (32, 64, 128)
 _MOST_K = 1 << 16  # of int8: int32 holds the sums
+WIDE_ROWS = 64
+"""Rows of x from which on a weight's `wide` form is used. To be measured: where int8 begins to take less time than int4."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +88,10 @@ class PackedLinear:
     """Gate and up projections, for `linear_swiglu`; native: 16 gates and their 16 ups make a panel."""
     compute: str = "float32"
     """The compute dtype's name."""
+    order: Tensor | None = None
+    """int64 `[K]`: column k of the packed weight multiplies column `order[k]` of x; None where that is k."""
+    wide: PackedLinear | None = None
+    """The same weight in int8, for `WIDE_ROWS` rows of x and more."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -124,19 +135,48 @@ def _check_plain(packed: PackedLinear, gated: bool) -> None:
 
 
 def _check_quantized(
-    q: Tensor, scales: Tensor, zeros: Tensor, bias: Tensor | None, group: int, gated: bool
+    q: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    group: int,
+    gated: bool,
+    order: Tensor | None,
 ) -> None:
-    _check_scheme("int4", group, q.shape[-1])
-    expect_tensor("q", q, torch.uint8, (None, None))
-    n, groups = len(q), -(-q.shape[1] // group)
-    expect_tensor("scales", scales, _WEIGHTS, (n, groups))
-    expect_tensor("zeros", zeros, torch.uint8, (n, groups))
+    expect_tensor("q", q, (torch.uint8, torch.int8), (None, None))
+    n, k = q.shape
+    if q.dtype == torch.int8:
+        _check_scheme("int8", 128, k)
+        expect_tensor("scales", scales, _WEIGHTS, (n,))
+        expect(zeros is None, "zeros", "None beside int8", "a tensor")
+    else:
+        _check_scheme("int4", group, k)
+        groups = -(-k // group)
+        expect_tensor("scales", scales, _WEIGHTS, (n, groups))
+        expect(zeros is not None, "zeros", "a tensor beside uint8", "None")
+        assert zeros is not None
+        expect_tensor("zeros", zeros, torch.uint8, (n, groups))
+        for name, values in (("q", q), ("zeros", zeros)):
+            highest = int(values.max()) if values.numel() else 0
+            expect(highest < 16, name, "0..15", highest)
     expect(not gated or n % 2 == 0, "q", "as many rows of up as of gate", f"{n} rows")
-    for name, values in (("q", q), ("zeros", zeros)):
-        highest = int(values.max()) if values.numel() else 0
-        expect(highest < 16, name, "0..15", highest)
     if bias is not None:
         expect_tensor("bias", bias, _WEIGHTS, (n,))
+    if order is not None:
+        expect_tensor("order", order, torch.int64, (k,))
+        whole = torch.equal(order.sort().values, torch.arange(k, device=order.device))
+        expect(whole, "order", f"every column of 0..{k - 1} once", "another list")
+
+
+def check_wide(narrow: PackedLinear, wide: PackedLinear) -> None:
+    """Raise ValueError unless `wide` can stand for `narrow`: int8, as large, not wide itself, with a bias where that has one."""
+
+    def what(packed: PackedLinear) -> tuple[int, int, bool, str, bool]:
+        shape = packed.out_features, packed.in_features
+        return *shape, packed.gated, packed.compute, packed.bias is None
+
+    expect(wide.scheme == "int8" and wide.wide is None, "wide", "an int8 weight", wide.scheme)
+    expect(what(wide) == what(narrow), "wide", f"the shape and kind of {what(narrow)}", what(wide))
 
 
 # Rounding
@@ -242,44 +282,62 @@ def pack_swiglu_reference(
 def pack_quantized_reference(
     q: Tensor,
     scales: Tensor,
-    zeros: Tensor,
+    zeros: Tensor | None,
     bias: Tensor | None,
     dtype: torch.dtype,
     *,
     group: int = 128,
     gated: bool = False,
+    order: Tensor | None = None,
 ) -> PackedLinear:
-    """Pack a weight that is int4 already: uint8 `q [N, K]` of 0..15, `scales [N, G]`, uint8 `zeros [N, G]` of 0..15.
+    """Pack a weight that is quantised already.
 
-    `gated`: the rows are those of gate, then those of up, for `linear_swiglu`.
+    int4: uint8 `q [N, K]` of 0..15, `scales [N, G]`, uint8 `zeros [N, G]` of 0..15. int8: int8 `q [N, K]`, `scales [N]`, and None for
+    `zeros`; `group` is not looked at. `gated`: the rows are those of gate, then those of up, for `linear_swiglu`. `order`, int64
+    `[K]`: the column of x for each column of q. Raises ValueError for anything else.
     """
-    _check_quantized(q, scales, zeros, bias, group, gated)
+    _check_quantized(q, scales, zeros, bias, group, gated, order)
     bias = None if bias is None else bias.to(dtype).contiguous()
-    n = len(q) // 2 if gated else len(q)
+    n, k = len(q) // 2 if gated else len(q), q.shape[1]
     scales = scales.float().contiguous()
+    if zeros is None:
+        weight = q.contiguous().view(torch.uint8) ^ 128
+        return PackedLinear(
+            weight, bias, n, k, "int8", scales[:, None], None, 0, gated, _name(dtype), order
+        )
     return PackedLinear(
-        q.contiguous(), bias, n, q.shape[1], "int4", scales, zeros.contiguous(), group, gated, _name(dtype)
+        q.contiguous(), bias, n, k, "int4", scales, zeros.contiguous(), group, gated, _name(dtype), order
     )
 
 
 def dequantize_reference(packed: PackedLinear) -> Tensor:
-    """The weight that a reference-packed matrix stands for: float32 `[N, K]`, gate's rows before up's."""
+    """The weight that a reference-packed matrix stands for: float32 `[N, K]`, gate's rows before up's, its columns in x's order."""
     if packed.scales is None:
         return packed.weight.float()
     q = packed.weight.float()
     if packed.zeros is None:
-        return (q - 128) * packed.scales
-    repeat = packed.group
-    zeros = packed.zeros.float().repeat_interleave(repeat, 1)[:, : q.shape[1]]
-    return (q - zeros) * packed.scales.repeat_interleave(repeat, 1)[:, : q.shape[1]]
+        weight = (q - 128) * packed.scales
+    else:
+        repeat = packed.group
+        zeros = packed.zeros.float().repeat_interleave(repeat, 1)[:, : q.shape[1]]
+        weight = (q - zeros) * packed.scales.repeat_interleave(repeat, 1)[:, : q.shape[1]]
+    return weight if packed.order is None else weight[:, packed.order.argsort()]
 
 
 _EXACT = 1024  # k's whose products of int8 sum exactly in float32
 
 
+def _form(x: Tensor, packed: PackedLinear) -> tuple[Tensor, PackedLinear]:
+    """The form of the weight for this many rows of x, and x with its columns in that form's order."""
+    expect_tensor("x", x, packed.dtype, (None, packed.in_features))
+    if packed.wide is not None and len(x) >= WIDE_ROWS:
+        packed = packed.wide
+    return x if packed.order is None else x[:, packed.order], packed
+
+
 def _product(x: Tensor, packed: PackedLinear) -> Tensor:
     """x times the packed weight plus bias, before it is rounded to the compute dtype."""
-    expect_tensor("x", x, packed.dtype, (None, packed.in_features))
+    x, packed = _form(x, packed)
     if packed.scales is None:
         return F.linear(x, packed.weight, packed.bias)
     k, step = packed.in_features, packed.group or packed.in_features
@@ -340,6 +398,7 @@ def embed_reference(ids: Tensor, packed: PackedLinear) -> Tensor:
 def _check_embedding(packed: PackedLinear) -> None:
     _check_plain(packed, gated=False)
     expect(packed.scheme != "int4", "packed", "a plain or int8 matrix", "int4")
+    expect(packed.order is None, "packed", "columns in their order", "sorted columns")
 
 
 # Native
@@ -448,23 +507,29 @@ def pack_swiglu_native(
 def pack_quantized_native(
     q: Tensor,
     scales: Tensor,
-    zeros: Tensor,
+    zeros: Tensor | None,
     bias: Tensor | None,
     dtype: torch.dtype,
     *,
     group: int = 128,
     gated: bool = False,
+    order: Tensor | None = None,
 ) -> PackedLinear:
     """`pack_quantized_reference` into panels."""
-    _check_quantized(q, scales, zeros, bias, group, gated)
+    _check_quantized(q, scales, zeros, bias, group, gated, order)
     n, k = len(q) // 2 if gated else len(q), q.shape[1]
-    count, octets = -(-n // (_PANEL // 2 if gated else _PANEL)), -(-k // 8)
-    panels = torch.empty(count, octets, _PANEL, 4, dtype=torch.uint8)
+    count, per_step = -(-n // (_PANEL // 2 if gated else _PANEL)), 4 if zeros is None else 8
+    steps = -(-k // per_step)
+    panels = torch.empty(count, steps, _PANEL, 4, dtype=torch.uint8)
     for first, piece in _pieces(list(q.chunk(2)) if gated else [q], gated):
         rows = -(-len(piece) // _PANEL)
-        piece = F.pad(piece, (0, octets * 8 - k, 0, rows * _PANEL - len(piece)))
-        low, high = piece.view(rows, _PANEL, octets, 2, 4).permute(3, 0, 2, 1, 4)
-        panels[first // _PANEL : first // _PANEL + rows] = low | high << 4
+        piece = F.pad(piece, (0, steps * per_step - k, 0, rows * _PANEL - len(piece)))
+        into = panels[first // _PANEL : first // _PANEL + rows]
+        if zeros is None:
+            into.copy_((piece.view(torch.uint8) ^ 128).view(rows, _PANEL, steps, 4).transpose(1, 2))
+        else:
+            low, high = piece.view(rows, _PANEL, steps, 2, 4).permute(3, 0, 2, 1, 4)
+            torch.bitwise_or(low, high << 4, out=into)
 
     def in_panels(values: Tensor) -> Tensor:
         values = _interleave(values) if gated else values
@@ -472,12 +537,17 @@ def pack_quantized_native(
         return values.view(count, _PANEL, -1).transpose(1, 2).contiguous()
 
     bias = _padded_bias(bias, dtype, count, gated)
+    name = _name(dtype)
+    if zeros is None:
+        return PackedLinear(
+            panels, bias, n, k, "int8", in_panels(scales.float()[:, None]), None, 0, gated, name, order
+        )
     scales, zeros = in_panels(scales.float()), in_panels(zeros)
-    return PackedLinear(panels, bias, n, k, "int4", scales, zeros, group, gated, _name(dtype))
+    return PackedLinear(panels, bias, n, k, "int4", scales, zeros, group, gated, name, order)
 
 
 def _run(x: Tensor, packed: PackedLinear, out: Tensor, *, add: bool = False) -> None:
-    expect_tensor("x", x, packed.dtype, (None, packed.in_features))
+    x, packed = _form(x, packed)
     bias = None if packed.bias is None else dl(packed.bias)
     if packed.scales is None:
         _native.linear(dl(x), packed.in_features, dl(packed.weight), bias, dl(out), add, packed.gated)

@@ -1,5 +1,6 @@
 """int8 and int4 linear layers: the arithmetic to the bit, on every instruction set, and how far it is from the weights."""
 
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -8,7 +9,7 @@ from torch import Tensor
 
 import pagemill._native as _native
 from pagemill.kernels import Kernels, PackedLinear, Scheme
-from pagemill.kernels.linear import dequantize_reference
+from pagemill.kernels.linear import WIDE_ROWS, check_wide, dequantize_reference
 from tests.kernels.conftest import LINEAR_ISAS, open_kernels
 
 SHAPES = [
@@ -263,3 +264,97 @@ def test_bad_arguments_raise(kernels: Kernels, dtype: torch.dtype) -> None:
             kernels.pack_quantized(*bad)
     with pytest.raises(ValueError, match="zeros: expected"):
         kernels.pack_quantized(q, scales, zeros[:39], None)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_quantized_checkpoints_in_int8(kernels: Kernels, dtype: torch.dtype, gated: bool) -> None:
+    """Every int8 there is, -128 among them, against the integers in float64; and the same bits on every implementation."""
+    reference = open_kernels("reference", dtype)
+    for n, k in [(74, 200), (2, 1), (130, 1030)]:
+        q = torch.randint(-128, 128, (n, k)).to(torch.int8)
+        q[0] = -128
+        scales, bias = torch.rand(n).half() / 50, torch.randn(n, dtype=dtype)
+        packed = kernels.pack_quantized(q, scales, None, bias, gated=gated)
+        wanted = reference.pack_quantized(q, scales, None, bias)
+        exact = q.double() * scales.double()[:, None]
+        torch.testing.assert_close(dequantize_reference(wanted).double(), exact, rtol=1e-6, atol=0)
+        x = torch.randn(5, k, dtype=dtype)
+        y = reference.linear(x, wanted, out_float32=True)
+        step = x.double().abs().amax(1, keepdim=True) / 127
+        bound = 0.5 * step * exact.abs().sum(1) * 1.001 + 1e-4
+        assert bool(((y.double() - bias.double() - x.double() @ exact.T).abs() <= bound).all())
+        if gated:
+            pair = kernels.pack_quantized(q, scales, None, bias, gated=True)
+            gate, up = y.double().chunk(2, 1)
+            unit = 2e-6 if dtype == torch.float32 else 2.0**-8
+            found = kernels.linear_swiglu(x, pair).double()
+            torch.testing.assert_close(found, gate * gate.sigmoid() * up, rtol=unit, atol=1e-5)
+        else:
+            assert torch.equal(kernels.linear(x, packed, out_float32=True), y)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_sorted_columns_meet_their_x(kernels: Kernels, dtype: torch.dtype, gated: bool) -> None:
+    """A weight with its columns in another order is the same sums: equal to gathering x by hand."""
+    n, k = 66, 200
+    q, scales, zeros = random_q(n, k, 64)
+    order = torch.randperm(k)
+    x = torch.randn(4, 2 * k, dtype=dtype)[:, k:]
+    run = kernels.linear_swiglu if gated else kernels.linear
+    for pack in (
+        lambda order: kernels.pack_quantized(q, scales, zeros, None, group=64, gated=gated, order=order),
+        lambda order: kernels.pack_quantized(
+            q.view(torch.int8), scales[:, 0].contiguous(), None, None, gated=gated, order=order
+        ),
+    ):
+        sorted_, plain = pack(order), pack(None)
+        assert torch.equal(run(x, sorted_), run(x[:, order], plain))
+        assert not torch.equal(run(x, sorted_), run(x, plain))
+    reference = open_kernels("reference", dtype).pack_quantized(q, scales, zeros, None, group=64, order=order)
+    each = torch.arange(k) // 64
+    weight = (q.double() - zeros.double()[:, each]) * scales.double()[:, each]
+    wanted = torch.zeros(n, k, dtype=torch.float64)
+    wanted[:, order] = weight
+    torch.testing.assert_close(dequantize_reference(reference).double(), wanted, rtol=1e-6, atol=0)
+
+
+def test_the_wide_form_takes_over_at_its_rows(kernels: Kernels, dtype: torch.dtype) -> None:
+    n, k = 40, 96
+    q, scales, zeros = random_q(n, k, 32)
+    order = torch.randperm(k)
+    narrow = kernels.pack_quantized(q, scales, zeros, None, group=32, order=order)
+    wide = kernels.pack_quantized(
+        torch.randint(-128, 128, (n, k)).to(torch.int8), torch.rand(n), None, None
+    )
+    check_wide(narrow, wide)
+    both = replace(narrow, wide=wide)
+    x = torch.randn(WIDE_ROWS, k, dtype=dtype)
+    assert torch.equal(kernels.linear(x[1:], both), kernels.linear(x[1:], narrow))
+    assert torch.equal(kernels.linear(x, both), kernels.linear(x, wide))
+    short = kernels.pack_quantized(q.view(torch.int8)[:39], scales[:39, 0].contiguous(), None, None)
+    for bad in (narrow, both, short):
+        with pytest.raises(ValueError, match="wide: expected"):
+            check_wide(narrow, bad)
+
+
+def test_bad_quantized_arguments_raise(kernels: Kernels, dtype: torch.dtype) -> None:
+    q, scales, zeros = random_q(40, 200, 128)
+    signed, row = q.view(torch.int8), scales[:, 0].contiguous()
+    order = torch.arange(200)
+    for match, args, options in [
+        ("zeros: expected None", (signed, row, zeros, None), {}),
+        ("zeros: expected a tensor", (q, scales, None, None), {}),
+        ("scales: expected", (signed, scales, None, None), {}),
+        ("scales: expected", (signed, row[:39], None, None), {}),
+        ("q: expected", (q.int(), scales, zeros, None), {}),
+        ("q: expected as many rows", (signed[:39], row[:39], None, None), dict(gated=True)),
+        ("order: expected", (q, scales, zeros, None), dict(order=order.int())),
+        ("order: expected", (q, scales, zeros, None), dict(order=order[:199])),
+        ("order: expected every column", (q, scales, zeros, None), dict(order=order.clamp(max=198))),
+        ("order: expected every column", (signed, row, None, None), dict(order=order - 1)),
+    ]:
+        with pytest.raises(ValueError, match=match):
+            kernels.pack_quantized(*args, **options)
+    packed = kernels.pack_quantized(signed, row, None, None, order=order)
+    with pytest.raises(ValueError, match="packed: expected columns in their order"):
+        kernels.embed(torch.tensor([0]), packed)
