@@ -123,7 +123,7 @@ def _check_plain(packed: PackedLinear, gated: bool) -> None:
     expect(packed.gated == gated, "packed", wanted, "the other")
 
 
-def _check_quantized(
+def check_quantized(
     q: Tensor, scales: Tensor, zeros: Tensor, bias: Tensor | None, group: int, gated: bool
 ) -> None:
     _check_scheme("int4", group, q.shape[-1])
@@ -142,7 +142,7 @@ def _check_quantized(
 # Rounding
 
 
-def _round_int8(x: Tensor) -> tuple[Tensor, Tensor]:
+def round_int8(x: Tensor) -> tuple[Tensor, Tensor]:
     """Integers (as float32) and scales `[..., 1]` of the last dimension, symmetric; see `csrc/body_qlinear.h`."""
     x = x.float()
     highest = x.abs().amax(-1, keepdim=True) if x.shape[-1] else x.new_zeros(*x.shape[:-1], 1)
@@ -158,7 +158,7 @@ def _round_int8(x: Tensor) -> tuple[Tensor, Tensor]:
 _CUTS, _CUT_STEP = 9, 0.035  # as in csrc/body_qlinear.h
 
 
-def _round_int4(w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def round_int4(w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """uint8 0..15, scales and zeros (`[N, G]`) of groups `[N, G, group]` of weights.
 
     The zero point is that of the whole range; the scale is the one of some, each for a range cut a little more, with the
@@ -214,13 +214,13 @@ def pack_reference(
         rows = torch.cat([part.to(dtype) for part in parts])
         return PackedLinear(rows, bias, n, k, compute=_name(dtype))
     if scheme == "int8":
-        pairs = [_round_int8(part) for part in parts]
+        pairs = [round_int8(part) for part in parts]
         weight = torch.cat([(q + 128).to(torch.uint8) for q, _ in pairs])
         scales = torch.cat([scale for _, scale in pairs])
         return PackedLinear(weight, bias, n, k, "int8", scales, None, 0, compute=_name(dtype))
     groups = -(-k // group)
     grouped = [F.pad(part.float(), (0, groups * group - k)).view(len(part), groups, group) for part in parts]
-    q, scales, zeros = (torch.cat(each) for each in zip(*map(_round_int4, grouped), strict=True))
+    q, scales, zeros = (torch.cat(each) for each in zip(*map(round_int4, grouped), strict=True))
     q = q.flatten(1)[:, :k].contiguous()
     return PackedLinear(q, bias, n, k, "int4", scales, zeros, group, compute=_name(dtype))
 
@@ -253,7 +253,7 @@ def pack_quantized_reference(
 
     `gated`: the rows are those of gate, then those of up, for `linear_swiglu`.
     """
-    _check_quantized(q, scales, zeros, bias, group, gated)
+    check_quantized(q, scales, zeros, bias, group, gated)
     bias = None if bias is None else bias.to(dtype).contiguous()
     n = len(q) // 2 if gated else len(q)
     scales = scales.float().contiguous()
@@ -285,7 +285,7 @@ def _product(x: Tensor, packed: PackedLinear) -> Tensor:
     k, step = packed.in_features, packed.group or packed.in_features
     y = torch.zeros(len(x), len(packed.weight), device=x.device)
     for g, first in enumerate(range(0, k, step)):
-        rows, scale = _round_int8(x[:, first : first + step])
+        rows, scale = round_int8(x[:, first : first + step])
         total = torch.zeros_like(y, dtype=torch.int32)
         weight = packed.weight[:, first : first + step].float()
         weight = weight - (128.0 if packed.zeros is None else packed.zeros[:, g : g + 1].float())
@@ -456,7 +456,7 @@ def pack_quantized_native(
     gated: bool = False,
 ) -> PackedLinear:
     """`pack_quantized_reference` into panels."""
-    _check_quantized(q, scales, zeros, bias, group, gated)
+    check_quantized(q, scales, zeros, bias, group, gated)
     n, k = len(q) // 2 if gated else len(q), q.shape[1]
     count, octets = -(-n // (_PANEL // 2 if gated else _PANEL)), -(-k // 8)
     panels = torch.empty(count, octets, _PANEL, 4, dtype=torch.uint8)
