@@ -221,9 +221,7 @@ def _triton_over(reference: Kernels, device: torch.device, dtype: torch.dtype) -
     try:
         import triton  # heavy, and only on Linux
     except ImportError:
-        raise KernelUnavailable(
-            "triton is not installed; install it, or use kernels=\"reference\""
-        ) from None
+        raise KernelUnavailable('triton is not installed; install it, or use kernels="reference"') from None
     interpreted = triton.knobs.runtime.interpret
     if device.type == "cpu" and not interpreted:
         raise KernelUnavailable(

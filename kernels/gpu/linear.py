@@ -4,7 +4,7 @@ x `[M, K]`, W `[N, K]`. Forms of W, each a `PackedLinear` made once by `pack_*`;
 
 - plain: `[N, Kp]` in the compute dtype; gated: the rows of gate, then those of up.
 - int8, fp8 (float8_e4m3fn): `[N, Kp]` with float32 `scales [N]`; x is quantised a token at a time (`quantize`).
-- int4: groups of 32, 64 or 128 inputs with a scale and a zero point, w = (q - zero) * scale (as AWQ and GPTQ): uint8 `[N, Kp / 2]`,
+- int4: groups of 32, 64 or 128 inputs, w = (q - zero) * scale (as AWQ and GPTQ): uint8 `[N, Kp / 2]`,
   `scales` and uint8 `zeros [Kp / group, N]`; x keeps its dtype (W4A16). Byte j of a group
   holds input j in its low nibble and input group / 2 + j in its high one, so that a run of 16 bytes is one load and
   its nibbles are columns of two products. A nibble becomes a bfloat16 by putting it into the mantissa of 128 (after Kim et
@@ -304,7 +304,9 @@ def pack_plain(weight: Tensor, bias: Tensor | None = None, *, gated: bool = Fals
     return PackedLinear(padded, bias, rows, k, gated=gated)
 
 
-def pack_scaled(q: Tensor, scales: Tensor, bias: Tensor | None = None, *, gated: bool = False) -> PackedLinear:
+def pack_scaled(
+    q: Tensor, scales: Tensor, bias: Tensor | None = None, *, gated: bool = False
+) -> PackedLinear:
     """`q [N, K]` int8 or float8_e4m3fn with `scales [N]` float32: W = q * scales."""
     n, k = q.shape
     scheme = "int8" if q.dtype == torch.int8 else "fp8"
@@ -347,10 +349,15 @@ def linear(
     tile: MatmulTile,
     residual: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
+    in_place: bool = False,
 ) -> Tensor:
-    """`x [M, K]` times the weight, plus bias: `[M, N]`; gated: silu(gate) * up. `residual [M, N]` is added (not in place)."""
+    """`x [M, K]` times the weight, plus bias: `[M, N]`; gated: silu(gate) * up. `residual [M, N]`, dense, is added; with
+    `in_place` the sum takes its place."""
     m, n, k = x.shape[0], weight.out_features, weight.in_features
-    out = torch.empty(m, n, dtype=out_dtype or x.dtype, device=x.device)
+    if residual is not None and in_place:
+        out = residual
+    else:
+        out = torch.empty(m, n, dtype=out_dtype or x.dtype, device=x.device)
     if not out.numel():
         return out
     scaled = weight.scheme in ("int8", "fp8")

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+import triton
 from torch import Tensor
 
 from pagemill.kernels.attention import Shape4
@@ -32,6 +33,8 @@ def kv_cache_shapes(
 
 
 def _tile(rows: int) -> linear.MatmulTile:
+    if triton.knobs.runtime.interpret:  # it takes a program at a time, whatever its size
+        return linear.MatmulTile(16 if rows <= 16 else 64, 256, 256, 1, 4, 1)
     if rows <= 16:
         return linear.MatmulTile(16, 64, 64, 4, 4, 4)
     if rows <= 64:
@@ -102,7 +105,7 @@ def _linear(
 ) -> Tensor:
     expect(not packed.gated, "packed", "a matrix of pack_linear", "a gated pair")
     dtype = torch.float32 if out_float32 else None
-    return linear.linear(x, packed, tile=_tile(len(x)), residual=residual, out_dtype=dtype)
+    return linear.linear(x, packed, tile=_tile(len(x)), residual=residual, out_dtype=dtype, in_place=True)
 
 
 def _linear_swiglu(x: Tensor, packed: PackedLinear) -> Tensor:
