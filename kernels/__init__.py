@@ -18,7 +18,7 @@ from torch import Tensor
 import pagemill._native as _native
 from pagemill.errors import KernelUnavailable
 from pagemill.kernels import activation, angles, attention, linear, norm, pixels, rotary, sampling
-from pagemill.kernels.attention import LayerCache, kv_cache_shapes, kv_scale_shape
+from pagemill.kernels.attention import LayerCache, Shape4, kv_cache_shapes, kv_scale_shape
 from pagemill.kernels.linear import PackedLinear, Scheme
 
 __all__ = [
@@ -140,6 +140,7 @@ class Kernels:
     varlen_attention: Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor]
     pixel_values: Callable[[Tensor, Tensor, Tensor, int, Tensor], None]
     greedy: GreedyOp
+    kv_cache_shapes: Callable[[int, int, int, int], tuple[Shape4, Shape4]]
     implementations: Mapping[str, str]
 
     def describe(self) -> dict[str, str]:
@@ -184,6 +185,7 @@ def _reference(dtype: torch.dtype) -> Kernels:
         varlen_attention=attention.varlen_attention_reference,
         pixel_values=pixels.pixel_values_reference,
         greedy=sampling.greedy_reference,
+        kv_cache_shapes=kv_cache_shapes,
         implementations=dict.fromkeys(_OPS, "reference (torch)"),
     )
 
@@ -213,6 +215,34 @@ def _native_over(reference: Kernels, dtype: torch.dtype) -> Kernels:
     )
 
 
+_OLDEST = (8, 0)  # compute capability: the first with bfloat16 and asynchronous copies
+
+
+def _triton_over(reference: Kernels, device: torch.device, dtype: torch.dtype) -> Kernels:
+    try:
+        import triton  # heavy, and only on Linux
+    except ImportError:
+        raise KernelUnavailable('triton is not installed; install it, or use kernels="reference"') from None
+    interpreted = triton.knobs.runtime.interpret
+    if device.type == "cpu" and not interpreted:
+        raise KernelUnavailable(
+            'kernels="triton" runs on a GPU, not on the CPU (but with TRITON_INTERPRET=1, slowly); use "auto"'
+        )
+    if interpreted and dtype != torch.float32:
+        raise KernelUnavailable(f"Triton's interpreter computes {dtype} wrongly; use float32")
+    if device.type == "cuda" and torch.version.hip is None:
+        found = torch.cuda.get_device_capability(device)
+        if found < _OLDEST:
+            raise KernelUnavailable(
+                f"{torch.cuda.get_device_name(device)} has compute capability {found[0]}.{found[1]}; the Triton kernels need "
+                f'{_OLDEST[0]}.{_OLDEST[1]} or newer: use kernels="reference"'
+            )
+    from pagemill.kernels.gpu.ops import ops
+
+    how = "triton (interpreted)" if interpreted else "triton"
+    return replace(reference, **ops(dtype), implementations=dict.fromkeys(_OPS, how))
+
+
 def set_num_threads(count: int) -> None:
     """Let the CPU kernels, native and torch's, use `count` threads; this holds for the whole process."""
     _native.set_num_threads(count)
@@ -223,15 +253,14 @@ def select(kind: str, device: torch.device, dtype: torch.dtype) -> Kernels:
     """The kernels for tensors of `dtype` on `device`.
 
     `kind`: "auto" (the fastest that exists), "reference" (torch), "native" (C++, CPU only; ops without a
-    native form for this dtype stay with the reference, as `describe` says) or "triton". Raises
-    KernelUnavailable for what cannot run, and for an instruction set in PAGEMILL_ISA that the machine lacks.
+    native form for this dtype stay with the reference, as `describe` says) or "triton" (an NVIDIA or AMD GPU; with
+    TRITON_INTERPRET=1 in the environment, the CPU, in float32 and for tests). Raises KernelUnavailable for what cannot
+    run, and for an instruction set in PAGEMILL_ISA that the machine lacks.
     """
     if kind not in ("auto", "reference", "native", "triton"):
         raise KernelUnavailable(f'kernels={kind!r} is unknown; use "auto", "reference", "native" or "triton"')
     if dtype not in (torch.float32, torch.bfloat16):
         raise KernelUnavailable(f"no kernels compute in {dtype}; use torch.float32 or torch.bfloat16")
-    if kind == "triton":
-        raise KernelUnavailable('kernels="triton" is not built into this version; use "auto" or "reference"')
     if kind == "native" and device.type != "cpu":
         raise KernelUnavailable(f'kernels="native" runs on the CPU, not on {device}; use "auto"')
     try:
@@ -239,6 +268,8 @@ def select(kind: str, device: torch.device, dtype: torch.dtype) -> Kernels:
     except ValueError as error:
         raise KernelUnavailable(str(error)) from None
     reference = _reference(dtype)
+    if kind == "triton" or (kind == "auto" and device.type == "cuda"):
+        return _triton_over(reference, device, dtype)
     if kind == "reference" or device.type != "cpu":
         return reference
     return _native_over(reference, dtype)

@@ -134,7 +134,7 @@ def _check_plain(packed: PackedLinear, gated: bool) -> None:
     expect(packed.gated == gated, "packed", wanted, "the other")
 
 
-def _check_quantized(
+def check_quantized(
     q: Tensor,
     scales: Tensor,
     zeros: Tensor | None,
@@ -182,7 +182,7 @@ def check_wide(narrow: PackedLinear, wide: PackedLinear) -> None:
 # Rounding
 
 
-def _round_int8(x: Tensor) -> tuple[Tensor, Tensor]:
+def round_int8(x: Tensor) -> tuple[Tensor, Tensor]:
     """Integers (as float32) and scales `[..., 1]` of the last dimension, symmetric; see `csrc/body_qlinear.h`."""
     x = x.float()
     highest = x.abs().amax(-1, keepdim=True) if x.shape[-1] else x.new_zeros(*x.shape[:-1], 1)
@@ -198,7 +198,7 @@ def _round_int8(x: Tensor) -> tuple[Tensor, Tensor]:
 _CUTS, _CUT_STEP = 9, 0.035  # as in csrc/body_qlinear.h
 
 
-def _round_int4(w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def round_int4(w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """uint8 0..15, scales and zeros (`[N, G]`) of groups `[N, G, group]` of weights.
 
     The zero point is that of the whole range; the scale is the one of some, each for a range cut a little more, with the
@@ -254,13 +254,13 @@ def pack_reference(
         rows = torch.cat([part.to(dtype) for part in parts])
         return PackedLinear(rows, bias, n, k, compute=_name(dtype))
     if scheme == "int8":
-        pairs = [_round_int8(part) for part in parts]
+        pairs = [round_int8(part) for part in parts]
         weight = torch.cat([(q + 128).to(torch.uint8) for q, _ in pairs])
         scales = torch.cat([scale for _, scale in pairs])
         return PackedLinear(weight, bias, n, k, "int8", scales, None, 0, compute=_name(dtype))
     groups = -(-k // group)
     grouped = [F.pad(part.float(), (0, groups * group - k)).view(len(part), groups, group) for part in parts]
-    q, scales, zeros = (torch.cat(each) for each in zip(*map(_round_int4, grouped), strict=True))
+    q, scales, zeros = (torch.cat(each) for each in zip(*map(round_int4, grouped), strict=True))
     q = q.flatten(1)[:, :k].contiguous()
     return PackedLinear(q, bias, n, k, "int4", scales, zeros, group, compute=_name(dtype))
 
@@ -296,7 +296,7 @@ def pack_quantized_reference(
     `zeros`; `group` is not looked at. `gated`: the rows are those of gate, then those of up, for `linear_swiglu`. `order`, int64
     `[K]`: the column of x for each column of q. Raises ValueError for anything else.
     """
-    _check_quantized(q, scales, zeros, bias, group, gated, order)
+    check_quantized(q, scales, zeros, bias, group, gated, order)
     bias = None if bias is None else bias.to(dtype).contiguous()
     n, k = len(q) // 2 if gated else len(q), q.shape[1]
     scales = scales.float().contiguous()
@@ -327,7 +327,7 @@ def dequantize_reference(packed: PackedLinear) -> Tensor:
 _EXACT = 1024  # k's whose products of int8 sum exactly in float32
 
 
-def _form(x: Tensor, packed: PackedLinear) -> tuple[Tensor, PackedLinear]:
+def chosen_form(x: Tensor, packed: PackedLinear) -> tuple[Tensor, PackedLinear]:
     """The form of the weight for this many rows of x, and x with its columns in that form's order."""
     expect_tensor("x", x, packed.dtype, (None, packed.in_features))
     if packed.wide is not None and len(x) >= WIDE_ROWS:
@@ -337,13 +337,13 @@ def _form(x: Tensor, packed: PackedLinear) -> tuple[Tensor, PackedLinear]:
 
 def _product(x: Tensor, packed: PackedLinear) -> Tensor:
     """x times the packed weight plus bias, before it is rounded to the compute dtype."""
-    x, packed = _form(x, packed)
+    x, packed = chosen_form(x, packed)
     if packed.scales is None:
         return F.linear(x, packed.weight, packed.bias)
     k, step = packed.in_features, packed.group or packed.in_features
     y = torch.zeros(len(x), len(packed.weight), device=x.device)
     for g, first in enumerate(range(0, k, step)):
-        rows, scale = _round_int8(x[:, first : first + step])
+        rows, scale = round_int8(x[:, first : first + step])
         total = torch.zeros_like(y, dtype=torch.int32)
         weight = packed.weight[:, first : first + step].float()
         weight = weight - (128.0 if packed.zeros is None else packed.zeros[:, g : g + 1].float())
@@ -516,7 +516,7 @@ def pack_quantized_native(
     order: Tensor | None = None,
 ) -> PackedLinear:
     """`pack_quantized_reference` into panels."""
-    _check_quantized(q, scales, zeros, bias, group, gated, order)
+    check_quantized(q, scales, zeros, bias, group, gated, order)
     n, k = len(q) // 2 if gated else len(q), q.shape[1]
     count, per_step = -(-n // (_PANEL // 2 if gated else _PANEL)), 4 if zeros is None else 8
     steps = -(-k // per_step)
@@ -547,7 +547,7 @@ def pack_quantized_native(
 
 
 def _run(x: Tensor, packed: PackedLinear, out: Tensor, *, add: bool = False) -> None:
-    x, packed = _form(x, packed)
+    x, packed = chosen_form(x, packed)
     bias = None if packed.bias is None else dl(packed.bias)
     if packed.scales is None:
         _native.linear(dl(x), packed.in_features, dl(packed.weight), bias, dl(out), add, packed.gated)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pagemill.cache import ImageCache
 from pagemill.errors import ConfigError
-from pagemill.kernels import LayerCache, kv_cache_shapes, kv_scale_shape
+from pagemill.kernels import LayerCache, kv_scale_shape
 from pagemill.model.decoder import RaggedBatch
 from pagemill.model.loader import Model
 from pagemill.scheduler import StepPlan
@@ -83,7 +83,8 @@ class Runner:
         self.model, self.images, self.device = model, images, device
         self.block_size = block_size
         text = model.config.text
-        k_shape, v_shape = kv_cache_shapes(num_blocks, text.num_kv_heads, text.head_dim, block_size)
+        shapes_of = model.decoder.kernels.kv_cache_shapes
+        k_shape, v_shape = shapes_of(num_blocks, text.num_kv_heads, text.head_dim, block_size)
         shapes: list[tuple[tuple[int, ...], torch.dtype]] = [(k_shape, dtype), (v_shape, dtype)]
         if dtype == torch.int8:
             shapes += 2 * [(kv_scale_shape(num_blocks, text.num_kv_heads, block_size), torch.float32)]

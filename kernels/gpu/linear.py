@@ -1,10 +1,11 @@
 """Matrix products in Triton: y = x W^T in bfloat16, int8, float8 or with 4-bit weights, with what follows fused.
 
-x `[M, K]`, W `[N, K]`. Forms of W, each a `GpuWeight` made once by `pack_*`:
+x `[M, K]`, W `[N, K]`. Forms of W, each a `PackedLinear` made once by `pack_*`; Kp is K rounded up to 64 (int4: or a group):
 
-- plain: the compute dtype.
-- int8, fp8 (float8_e4m3fn): one float32 scale an output feature; x is quantised a token at a time (`quantize`).
-- int4: groups of 32, 64 or 128 inputs with a scale and a zero point, w = (q - zero) * scale (as AWQ and GPTQ). Byte j of a group
+- plain: `[N, Kp]` in the compute dtype; gated: the rows of gate, then those of up.
+- int8, fp8 (float8_e4m3fn): `[N, Kp]` with float32 `scales [N]`; x is quantised a token at a time (`quantize`).
+- int4: groups of 32, 64 or 128 inputs, w = (q - zero) * scale (as AWQ and GPTQ): uint8 `[N, Kp / 2]`,
+  `scales` and uint8 `zeros [Kp / group, N]`; x keeps its dtype (W4A16). Byte j of a group
   holds input j in its low nibble and input group / 2 + j in its high one, so that a run of 16 bytes is one load and
   its nibbles are columns of two products. A nibble becomes a bfloat16 by putting it into the mantissa of 128 (after Kim et
   al., 2022, arXiv 2211.10017), and the scale is applied to each group's sum, not to the weights, which stay exact.
@@ -17,35 +18,17 @@ atomically, so that a result does not change from run to run.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["GpuWeight", "MatmulTile", "linear", "pack_int4", "pack_plain", "pack_scaled", "quantize"]
+from pagemill.kernels.linear import PackedLinear
+
+__all__ = ["MatmulTile", "linear", "pack_int4", "pack_plain", "pack_scaled", "quantize"]
 
 _ALIGN = 64
-Form = Literal["plain", "int8", "fp8", "int4"]
-
-
-@dataclass(frozen=True)
-class GpuWeight:
-    """A packed weight. `gated`: two matrices of `out_features` rows, gate and up, one after the other."""
-
-    form: Form
-    weight: Tensor
-    """plain `[N, Kp]`, int8 and float8 `[N, Kp]`, int4 uint8 `[N, Kp / 2]`; Kp is K rounded up to 64, N twice if gated."""
-    scales: Tensor | None
-    """float32 `[N]`, or of the compute dtype `[Kp / group, N]` for int4."""
-    zeros: Tensor | None
-    """uint8 `[Kp / group, N]` for int4."""
-    bias: Tensor | None
-    out_features: int
-    in_features: int
-    group: int
-    gated: bool
 
 
 @dataclass(frozen=True)
@@ -313,25 +296,27 @@ def _round_up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
 
 
-def pack_plain(weight: Tensor, bias: Tensor | None = None, *, gated: bool = False) -> GpuWeight:
+def pack_plain(weight: Tensor, bias: Tensor | None = None, *, gated: bool = False) -> PackedLinear:
     """`weight [N, K]` in the compute dtype; gated: the rows of the gate, then those of the up projection."""
     n, k = weight.shape
     rows = n // 2 if gated else n
     padded = _pad_columns(weight, _round_up(k, _ALIGN))
-    return GpuWeight("plain", padded, None, None, bias, rows, k, 0, gated)
+    return PackedLinear(padded, bias, rows, k, gated=gated)
 
 
-def pack_scaled(q: Tensor, scales: Tensor, bias: Tensor | None = None, *, gated: bool = False) -> GpuWeight:
+def pack_scaled(
+    q: Tensor, scales: Tensor, bias: Tensor | None = None, *, gated: bool = False
+) -> PackedLinear:
     """`q [N, K]` int8 or float8_e4m3fn with `scales [N]` float32: W = q * scales."""
     n, k = q.shape
-    form: Form = "int8" if q.dtype == torch.int8 else "fp8"
-    padded = _pad_columns(q, _round_up(k, _ALIGN))
-    return GpuWeight(form, padded, scales, None, bias, n // 2 if gated else n, k, 0, gated)
+    scheme = "int8" if q.dtype == torch.int8 else "fp8"
+    padded, rows = _pad_columns(q, _round_up(k, _ALIGN)), n // 2 if gated else n
+    return PackedLinear(padded, bias, rows, k, scheme, scales, gated=gated)
 
 
 def pack_int4(
     q: Tensor, scales: Tensor, zeros: Tensor, bias: Tensor | None = None, *, gated: bool = False
-) -> GpuWeight:
+) -> PackedLinear:
     """`q [N, K]` uint8 in 0..15, `scales` and `zeros [N, ceil(K / group)]`: W = (q - zeros) * scales, group by group."""
     n, k = q.shape
     group = 1 << max(5, (-(-k // scales.shape[1]) - 1).bit_length())
@@ -339,17 +324,9 @@ def pack_int4(
     groups = _pad_columns(q, columns).view(n, columns // group, 2, group // 2)
     weight = (groups[:, :, 0] | groups[:, :, 1] << 4).reshape(n, columns // 2).contiguous()
     count = columns // group
-    return GpuWeight(
-        "int4",
-        weight,
-        _pad_columns(scales, count).T.contiguous(),
-        _pad_columns(zeros.to(torch.uint8), count).T.contiguous(),
-        bias,
-        n // 2 if gated else n,
-        k,
-        group,
-        gated,
-    )
+    scales = _pad_columns(scales, count).T.contiguous()
+    zeros = _pad_columns(zeros.to(torch.uint8), count).T.contiguous()
+    return PackedLinear(weight, bias, n // 2 if gated else n, k, "int4", scales, zeros, group, gated)
 
 
 def quantize(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -367,23 +344,28 @@ def quantize(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 def linear(
     x: Tensor,
-    weight: GpuWeight,
+    weight: PackedLinear,
     *,
     tile: MatmulTile,
     residual: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
+    in_place: bool = False,
 ) -> Tensor:
-    """`x [M, K]` times the weight, plus bias: `[M, N]`; gated: silu(gate) * up. `residual [M, N]` is added (not in place)."""
+    """`x [M, K]` times the weight, plus bias: `[M, N]`; gated: silu(gate) * up. `residual [M, N]`, dense, is added; with
+    `in_place` the sum takes its place."""
     m, n, k = x.shape[0], weight.out_features, weight.in_features
-    out = torch.empty(m, n, dtype=out_dtype or x.dtype, device=x.device)
+    if residual is not None and in_place:
+        out = residual
+    else:
+        out = torch.empty(m, n, dtype=out_dtype or x.dtype, device=x.device)
     if not out.numel():
         return out
-    scaled = weight.form in ("int8", "fp8")
+    scaled = weight.scheme in ("int8", "fp8")
     x_scale = w_scale = weight.scales if scaled else out
     if scaled:
         x, x_scale = quantize(x, weight.weight.dtype)
         k = x.shape[1]
-    step = weight.group if weight.form == "int4" else tile.inputs
+    step = weight.group if weight.scheme == "int4" else tile.inputs
     splits, per_split = 1, 0
     if tile.splits > 1:
         per_split = _round_up(-(-k // tile.splits), step)
@@ -391,7 +373,7 @@ def linear(
     split = splits > 1
     partial = out
     if split:
-        kind = torch.int32 if weight.form == "int8" else torch.float32
+        kind = torch.int32 if weight.scheme == "int8" else torch.float32
         partial = torch.empty(splits, 1 + weight.gated, m, n, dtype=kind, device=x.device)
     bias, added = weight.bias is not None, residual is not None
     grid = (triton.cdiv(m, tile.rows) * triton.cdiv(n, tile.features), splits)
@@ -401,7 +383,7 @@ def linear(
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     bias_at, residual_at = weight.bias if bias else out, residual if added else out
-    if weight.form == "int4":
+    if weight.scheme == "int4":
         int4_kernel[grid](
             x, weight.weight, weight.scales, weight.zeros, bias_at, residual_at, out, partial, m, n, k, x.stride(0),
             weight.weight.stride(0), out.stride(0), per_split, GROUP=weight.group,
@@ -411,7 +393,7 @@ def linear(
         matmul_kernel[grid](
             x, weight.weight, x_scale, w_scale, bias_at, residual_at, out, partial, m, n, k, x.stride(0),
             weight.weight.stride(0), out.stride(0), per_split, TILE_K=tile.inputs, SCALED=scaled,
-            INTEGER=weight.form == "int8", **common,
+            INTEGER=weight.scheme == "int8", **common,
         )  # fmt: skip
     if split:
         finish_kernel[(m, triton.cdiv(n, 256))](

@@ -67,3 +67,12 @@ def _run(code: str, isa: str) -> str:
 def test_what_cannot_run_is_refused(kind: str, device: str, dtype: torch.dtype) -> None:
     with pytest.raises(KernelUnavailable, match="use"):
         select(kind, torch.device(device), dtype)
+
+
+def test_a_gpu_that_is_too_old_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Old GPU")
+    for kind in ("auto", "triton"):
+        with pytest.raises(KernelUnavailable, match=r"Old GPU has compute capability 7\.5.* need 8\.0"):
+            select(kind, torch.device("cuda"), torch.bfloat16)

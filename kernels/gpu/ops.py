@@ -1,0 +1,182 @@
+"""The Triton kernels under the contracts of `pagemill.kernels`, for `select`.
+
+What differs from the CPU: int4 layers keep activations in the compute dtype (W4A16), keys lie in the cache like values, and ids,
+slots, positions and lengths are not checked, since looking at them would wait for the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import triton
+from torch import Tensor
+
+from pagemill.kernels.attention import Shape4
+from pagemill.kernels.check import expect
+from pagemill.kernels.gpu import activation, angles, attention, embed, linear, norm, pixels, rotary, sampling
+from pagemill.kernels.linear import (
+    PackedLinear,
+    Scheme,
+    check_quantized,
+    chosen_form,
+    round_int4,
+    round_int8,
+)
+
+__all__ = ["kv_cache_shapes", "ops"]
+
+
+def kv_cache_shapes(
+    num_blocks: int, num_kv_heads: int, head_dim: int, block_size: int
+) -> tuple[Shape4, Shape4]:
+    """Shapes of `k_cache` and `v_cache` of one layer: both `[num_blocks, Hk, block_size, D]`, contiguous."""
+    shape = num_blocks, num_kv_heads, block_size, head_dim
+    return shape, shape
+
+
+def _tile(rows: int) -> linear.MatmulTile:
+    if triton.knobs.runtime.interpret:  # it takes a program at a time, whatever its size
+        return linear.MatmulTile(16 if rows <= 16 else 64, 256, 256, 1, 4, 1)
+    if rows <= 16:
+        return linear.MatmulTile(16, 64, 64, 4, 4, 4)
+    if rows <= 64:
+        return linear.MatmulTile(64, 64, 64, 1, 4, 4)
+    return linear.MatmulTile(128, 128, 64, 1, 8, 3)
+
+
+def pack_linear(
+    weight: Tensor | Sequence[Tensor],
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    *,
+    scheme: Scheme = "plain",
+    group: int = 128,
+    gated: bool = False,
+) -> PackedLinear:
+    """`pack_reference`, or with `gated` (two matrices of one shape) `pack_swiglu_reference`."""
+    parts = [weight] if isinstance(weight, Tensor) else list(weight)
+    bias = None if bias is None else bias.to(dtype)
+    k = parts[0].shape[1]
+    if scheme == "plain":
+        packed = linear.pack_plain(torch.cat([part.to(dtype) for part in parts]), bias, gated=gated)
+    elif scheme == "int8":
+        q, scales = (torch.cat(each) for each in zip(*map(round_int8, parts), strict=True))
+        packed = linear.pack_scaled(q.to(torch.int8), scales.flatten(), bias, gated=gated)
+    else:
+        groups = -(-k // group)
+        padded = [
+            F.pad(part.float(), (0, groups * group - k)).view(len(part), groups, group) for part in parts
+        ]
+        q, scales, zeros = (torch.cat(each) for each in zip(*map(round_int4, padded), strict=True))
+        packed = linear.pack_int4(q.flatten(1)[:, :k], scales, zeros, bias, gated=gated)
+    return replace(packed, compute=str(dtype).removeprefix("torch."))
+
+
+def pack_swiglu(
+    gate: Tensor,
+    up: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    *,
+    scheme: Scheme = "plain",
+    group: int = 128,
+) -> PackedLinear:
+    """`pack_swiglu_reference`."""
+    return pack_linear([gate, up], bias, dtype, scheme=scheme, group=group, gated=True)
+
+
+def pack_quantized(
+    q: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    *,
+    group: int = 128,
+    gated: bool = False,
+    order: Tensor | None = None,
+) -> PackedLinear:
+    """`pack_quantized_reference`."""
+    check_quantized(q, scales, zeros, bias, group, gated, order)
+    bias, scales = None if bias is None else bias.to(dtype), scales.float()
+    if zeros is None:
+        packed = linear.pack_scaled(q, scales, bias, gated=gated)
+    else:
+        packed = linear.pack_int4(q, scales, zeros, bias, gated=gated)
+    return replace(packed, compute=str(dtype).removeprefix("torch."), order=order)
+
+
+def _linear(
+    x: Tensor, packed: PackedLinear, *, out_float32: bool = False, residual: Tensor | None = None
+) -> Tensor:
+    expect(not packed.gated, "packed", "a matrix of pack_linear", "a gated pair")
+    dtype = torch.float32 if out_float32 else None
+    x, packed = chosen_form(x, packed)
+    return linear.linear(x, packed, tile=_tile(len(x)), residual=residual, out_dtype=dtype, in_place=True)
+
+
+def _linear_swiglu(x: Tensor, packed: PackedLinear) -> Tensor:
+    expect(packed.gated, "packed", "gate and up of pack_swiglu", "a matrix")
+    x, packed = chosen_form(x, packed)
+    return linear.linear(x, packed, tile=_tile(len(x)))
+
+
+def _embed(ids: Tensor, packed: PackedLinear) -> Tensor:
+    expect(packed.scheme in ("plain", "int8"), "packed", "a plain or int8 matrix", packed.scheme)
+    return embed.embed(ids, packed.weight, packed.in_features, scales=packed.scales, dtype=packed.dtype)
+
+
+def _add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return norm.rms_norm(x, weight, eps, residual)
+
+
+def _paged_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_tables: Tensor,
+    query_start: Tensor,
+    context_lens: Tensor,
+    scale: float,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+) -> Tensor:
+    decoding = len(q) == len(context_lens)
+    tile = attention.Tile(16, 64, 4, 3) if decoding else attention.Tile(128, 64, 8, 3)
+    return attention.paged_attention(
+        q, k_cache, v_cache, block_tables, query_start, context_lens, scale, k_scale=k_scale, v_scale=v_scale,
+        tile=tile, num_splits=1,
+    )  # fmt: skip
+
+
+def _varlen_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float) -> Tensor:
+    return attention.varlen_attention(q, k, v, cu_seqlens, scale, tile=attention.Tile(64, 64, 4, 3))
+
+
+def ops(dtype: torch.dtype) -> dict[str, Callable[..., Any]]:
+    """The field of `pagemill.kernels.Kernels` and the op, for every op that Triton has."""
+    return {
+        "pack_linear": partial(pack_linear, dtype=dtype),
+        "pack_swiglu": partial(pack_swiglu, dtype=dtype),
+        "pack_quantized": partial(pack_quantized, dtype=dtype),
+        "linear": _linear,
+        "linear_swiglu": _linear_swiglu,
+        "embed": _embed,
+        "rms_norm": norm.rms_norm,
+        "add_rms_norm": _add_rms_norm,
+        "swiglu": activation.swiglu,
+        "gelu": activation.gelu,
+        "mrope_angles": angles.mrope_angles,
+        "rotary": rotary.rotary,
+        "rotary_cache": rotary.rotary_cache,
+        "paged_attention": _paged_attention,
+        "varlen_attention": _varlen_attention,
+        "pixel_values": pixels.pixel_values,
+        "greedy": sampling.greedy,
+        "kv_cache_shapes": kv_cache_shapes,
+    }

@@ -1,0 +1,142 @@
+"""The Triton kernels as `select` gives them, against the reference under the same contract; and a page read with them."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from pagemill import Engine, SamplingParams
+from pagemill.errors import KernelUnavailable
+from pagemill.kernels import Kernels, Scheme, kv_scale_shape, select
+
+CPU = torch.device("cpu")
+PAGE = Path(__file__).parents[2] / "bench" / "pages" / "form_24.png"
+
+
+@pytest.fixture(scope="module")
+def triton() -> Kernels:
+    return select("triton", CPU, torch.float32)
+
+
+@pytest.fixture(scope="module")
+def reference() -> Kernels:
+    return select("reference", CPU, torch.float32)
+
+
+def off(found: Tensor, wanted: Tensor) -> float:
+    assert found.shape == wanted.shape
+    assert found.dtype == wanted.dtype
+    return ((found - wanted).double().norm() / wanted.double().norm().clamp_min(1e-30)).item()
+
+
+@pytest.mark.parametrize(("scheme", "bound"), [("plain", 1e-6), ("int8", 1e-6), ("int4", 0.02)])
+@pytest.mark.parametrize("rows", [0, 1, 70])
+def test_linear(triton: Kernels, reference: Kernels, rows: int, scheme: Scheme, bound: float) -> None:
+    """int4 keeps its activations in the compute dtype, where the CPU rounds them to 8 bits."""
+    x = torch.randn(rows, 100)
+    weight, bias = torch.randn(90, 100), torch.randn(90)
+    residual = torch.randn(rows, 90)
+    parts = [weight[:50], weight[50:]]
+    ours = triton.pack_linear(parts, bias, scheme=scheme, group=32)
+    theirs = reference.pack_linear(parts, bias, scheme=scheme, group=32)
+    assert off(triton.linear(x, ours), reference.linear(x, theirs)) < bound
+    assert (
+        off(triton.linear(x, ours, out_float32=True), reference.linear(x, theirs, out_float32=True)) < bound
+    )
+    wanted = reference.linear(x, theirs, residual=residual.clone())
+    found = residual.clone()
+    assert triton.linear(x, ours, residual=found) is found
+    assert off(found, wanted) < bound
+    gate, up = weight.chunk(2)
+    ours = triton.pack_swiglu(gate, up, bias, scheme=scheme, group=32)
+    theirs = reference.pack_swiglu(gate, up, bias, scheme=scheme, group=32)
+    assert off(triton.linear_swiglu(x, ours), reference.linear_swiglu(x, theirs)) < bound
+
+
+def test_weights_that_are_int4_already(triton: Kernels, reference: Kernels) -> None:
+    q = torch.randint(0, 16, (60, 100), dtype=torch.uint8)
+    scales, zeros = torch.rand(60, 4), torch.randint(0, 16, (60, 4), dtype=torch.uint8)
+    x = torch.randn(3, 100)
+    for gated, op in ((False, "linear"), (True, "linear_swiglu")):
+        y = [
+            getattr(k, op)(x, k.pack_quantized(q, scales, zeros, None, group=32, gated=gated))
+            for k in (triton, reference)
+        ]
+        assert off(*y) < 0.02
+    with pytest.raises(ValueError, match="zeros"):
+        triton.pack_quantized(q, scales, zeros + 16, None, group=32)
+
+
+@pytest.mark.parametrize("scheme", ["plain", "int8"])
+def test_embedding(triton: Kernels, reference: Kernels, scheme: Scheme) -> None:
+    weight, ids = torch.randn(50, 100), torch.tensor([3, 0, 49, 3])
+    rows = [k.embed(ids, k.pack_linear(weight, None, scheme=scheme)) for k in (triton, reference)]
+    assert torch.equal(*rows)
+
+
+def test_angles_and_pixels(triton: Kernels, reference: Kernels) -> None:
+    positions, axis = torch.randint(0, 30, (3, 7)), torch.randint(0, 3, (20,))
+    tables = torch.randn(2, 30, 20).unbind(0)
+    for found, wanted in zip(
+        triton.mrope_angles(positions, axis, *tables),
+        reference.mrope_angles(positions, axis, *tables),
+        strict=True,
+    ):
+        assert torch.equal(found, wanted)
+    patches = torch.randint(0, 256, (9, 3 * 400), dtype=torch.uint8)
+    order, levels = torch.randperm(9)[:5], torch.randn(3, 256)
+    ours, theirs = torch.full((2, 5, 2 * 3 * 400), torch.nan).unbind(0)
+    triton.pixel_values(patches, order, levels, 2, ours)
+    reference.pixel_values(patches, order, levels, 2, theirs)
+    assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
+def test_attention_over_the_cache_that_it_wrote(
+    triton: Kernels, reference: Kernels, dtype: torch.dtype
+) -> None:
+    """Two sequences, a prefill and a decode step, each through its own cache layout."""
+    heads, kv_heads, head_dim, block = 8, 2, 32, 4
+    slots = torch.tensor([20, 21, 22, 23, 4, 5, 12])  # sequence 0: blocks 5, 1; sequence 1: block 3
+    qkv = torch.randn(7, (heads + 2 * kv_heads) * head_dim)
+    cos, sin = torch.randn(2, 7, head_dim // 2).unbind(0)
+    tables = torch.tensor([[5, 1], [3, 7]], dtype=torch.int32)
+    query_start, lens = torch.tensor([0, 6, 7], dtype=torch.int32), torch.tensor([6, 1], dtype=torch.int32)
+    found = []
+    for kernels in (triton, reference):
+        caches = [torch.zeros(s, dtype=dtype) for s in kernels.kv_cache_shapes(8, kv_heads, head_dim, block)]
+        if dtype == torch.int8:
+            caches += [torch.zeros(kv_scale_shape(8, kv_heads, block)) for _ in range(2)]
+        k, v, *scales = caches
+        q = kernels.rotary_cache(qkv.clone(), cos, sin, slots, k, v, heads, kv_heads, *scales)
+        found.append(kernels.paged_attention(q, k, v, tables, query_start, lens, 0.2, *scales))
+    assert off(*found) < (1e-6 if dtype == torch.float32 else 0.01)
+
+
+def test_attention_of_segments(triton: Kernels, reference: Kernels) -> None:
+    q, k, v = torch.randn(3, 30, 2, 80).unbind(0)
+    offsets = torch.tensor([0, 1, 1, 20, 30], dtype=torch.int32)
+    found, wanted = (kernels.varlen_attention(q, k, v, offsets, 0.1) for kernels in (triton, reference))
+    assert off(found, wanted) < 1e-6
+
+
+def test_only_what_the_interpreter_can_do_is_taken() -> None:
+    with pytest.raises(KernelUnavailable, match="use float32"):
+        select("triton", CPU, torch.bfloat16)
+
+
+def test_a_page_is_read_as_with_the_reference(tmp_path: Path) -> None:
+    crop = tmp_path / "crop.png"
+    with Image.open(PAGE) as page:
+        page.convert("RGB").crop((0, 0, 300, 90)).save(crop)
+    texts = []
+    for kernels in ("triton", "reference"):
+        with Engine.from_pretrained(dtype="float32", kernels=kernels, max_num_seqs=1) as engine:
+            assert all(kernels in kind for kind in engine.describe()["kernels"].values())
+            (result,) = engine.read(str(crop), params=SamplingParams(max_new_tokens=6))
+            texts.append((result.raw, result.error))
+    assert texts[0] == texts[1]
+    assert texts[0][0]
+    assert texts[0][1] is None
