@@ -43,13 +43,37 @@ class RaggedBatch:
 
 
 @dataclass
-class _Layer:
+class Layer:
+    """Weights of one layer."""
+
     attention_norm: Tensor
     qkv: PackedLinear
     out: PackedLinear
     mlp_norm: Tensor
     gate_up: PackedLinear
     down: PackedLinear
+
+
+def run_layer(
+    k: Kernels,
+    c: TextConfig,
+    layer: Layer,
+    y: Tensor,
+    residual: Tensor,
+    angles: tuple[Tensor, Tensor],
+    batch: RaggedBatch,
+    cache: LayerCache,
+) -> Tensor:
+    """One layer: `y [T, hidden]` is what its attention reads, normed. Adds the attention's output to `residual`, returns the MLP's."""
+    keys, values, *scales = cache
+    qkv = k.linear(y, layer.qkv)
+    heads = c.num_heads, c.num_kv_heads
+    q = k.rotary_cache(qkv, *angles, batch.slots, keys, values, *heads, *scales)
+    where = batch.block_tables, batch.query_start, batch.context_lens
+    y = k.paged_attention(q, keys, values, *where, c.head_dim**-0.5, *scales)
+    y = k.linear(y.reshape(len(y), c.hidden_size), layer.out)
+    y = k.add_rms_norm(y, residual, layer.mlp_norm, c.rms_norm_eps)
+    return k.linear(k.linear_swiglu(y, layer.gate_up), layer.down)
 
 
 class Decoder:
@@ -96,7 +120,7 @@ class Decoder:
         if not config.tie_word_embeddings:
             self.lm_head = pack("lm_head", scheme=vocabulary_scheme)
         self.layers = [
-            _Layer(
+            Layer(
                 attention_norm=vector(f"layers.{i}.input_layernorm.weight"),
                 qkv=linear(i, "self_attn.q", "self_attn.k", "self_attn.v", bias=True),
                 out=linear(i, "self_attn.o"),
@@ -119,24 +143,13 @@ class Decoder:
         residual = k.embed(batch.token_ids, self.embed_tokens)
         if batch.image_rows is not None and batch.image_embeds is not None:
             residual[batch.image_rows] = batch.image_embeds
-        cos, sin = k.mrope_angles(batch.positions, *self.rope.tables(batch.max_position))
-        num_tokens, scale = len(residual), c.head_dim**-0.5
+        angles = k.mrope_angles(batch.positions, *self.rope.tables(batch.max_position))
         y = k.rms_norm(residual, self.layers[0].attention_norm, c.rms_norm_eps)
         for i, layer in enumerate(self.layers):
             if i:
                 y = k.add_rms_norm(y, residual, layer.attention_norm, c.rms_norm_eps)
-            keys, values, *scales = kv_cache[i]
-            qkv = k.linear(y, layer.qkv)
-            heads = c.num_heads, c.num_kv_heads
-            q = k.rotary_cache(qkv, cos, sin, batch.slots, keys, values, *heads, *scales)
-            lens = batch.context_lens
-            y = k.paged_attention(
-                q, keys, values, batch.block_tables, batch.query_start, lens, scale, *scales
-            )
-            y = k.linear(y.reshape(num_tokens, c.hidden_size), layer.out)
-            y = k.add_rms_norm(y, residual, layer.mlp_norm, c.rms_norm_eps)
-            y = k.linear(k.linear_swiglu(y, layer.gate_up), layer.down)
-        if len(batch.logit_rows) < num_tokens:  # else every row is wanted, as in a step that only decodes
+            y = run_layer(k, c, layer, y, residual, angles, batch, kv_cache[i])
+        if len(batch.logit_rows) < len(residual):  # else every row is wanted, as in a step that only decodes
             y, residual = y[batch.logit_rows], residual[batch.logit_rows]
         y = k.add_rms_norm(y, residual, self.norm, c.rms_norm_eps)
         return k.linear(y, self.lm_head, out_float32=True)

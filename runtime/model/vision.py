@@ -20,11 +20,13 @@ from pagemill.model.config import VisionConfig
 from pagemill.model.packed import PackedWeights
 from pagemill.model.rope import Grid, vision_angles
 
-_NORM_EPS = 1e-6  # fixed in the architecture, not a field of config.json
+NORM_EPS = 1e-6  # fixed in the architecture, not a field of config.json
 
 
 @dataclass
-class _Block:
+class Block:
+    """Weights of one block."""
+
     norm1: Tensor
     qkv: PackedLinear
     proj: PackedLinear
@@ -34,7 +36,7 @@ class _Block:
 
 
 @dataclass(frozen=True)
-class _Layout:
+class Layout:
     """How one image's patches are laid out for window attention."""
 
     order: Tensor
@@ -45,6 +47,52 @@ class _Layout:
     frame_lengths: tuple[int, ...]
     cos: Tensor
     sin: Tensor
+
+
+def lay_out(c: VisionConfig, grid: Grid, device: torch.device) -> Layout:
+    """Return the layout of an image of this grid."""
+    t, h, w = grid
+    merge, side = c.spatial_merge_size, c.window_cells
+    rows, columns = h // merge, w // merge
+    cells = np.arange(t * rows * columns).reshape(t, rows, columns)
+    windows = [
+        cells[frame, r : r + side, col : col + side].reshape(-1)
+        for frame in range(t)
+        for r in range(0, rows, side)
+        for col in range(0, columns, side)
+    ]
+    order = np.concatenate(windows)
+    unit = merge * merge
+    patches = torch.from_numpy((order[:, None] * unit + np.arange(unit)).reshape(-1)).to(device)
+    angles = vision_angles(grid, merge, c.head_dim, c.rope_theta).to(device)[patches]
+    return Layout(
+        order=patches,
+        cell_inverse=torch.from_numpy(np.argsort(order)).to(device),
+        window_lengths=tuple(len(window) * unit for window in windows),
+        frame_lengths=(h * w,) * t,
+        cos=angles.cos(),
+        sin=angles.sin(),
+    )
+
+
+def run_block(
+    k: Kernels,
+    c: VisionConfig,
+    block: Block,
+    y: Tensor,
+    residual: Tensor,
+    angles: tuple[Tensor, Tensor],
+    offsets: Tensor,
+) -> Tensor:
+    """One block: `y [patches, hidden]` is what its attention reads, normed; `offsets` are those of the segments that attend to
+    themselves. Adds the attention's output to `residual`, returns the MLP's."""
+    rows = len(y)
+    qkv = k.linear(y, block.qkv).view(rows, 3, c.num_heads, c.head_dim)
+    k.rotary(qkv[:, :2].view(rows, 2 * c.num_heads, c.head_dim), *angles)
+    y = k.varlen_attention(qkv[:, 0], qkv[:, 1], qkv[:, 2], offsets, c.head_dim**-0.5)
+    y = k.linear(y.reshape(rows, c.hidden_size), block.proj)
+    y = k.add_rms_norm(y, residual, block.norm2, NORM_EPS)
+    return k.linear(k.linear_swiglu(y, block.gate_up), block.down)
 
 
 class VisionTower:
@@ -87,7 +135,7 @@ class VisionTower:
 
         self.patch_embed = linear("patch_embed.proj", bias=False, scheme="plain")
         self.blocks = [
-            _Block(
+            Block(
                 norm1=vector(f"blocks.{i}.norm1.weight"),
                 qkv=linear(f"blocks.{i}.attn.qkv"),
                 proj=linear(f"blocks.{i}.attn.proj"),
@@ -100,32 +148,7 @@ class VisionTower:
         self.merger_norm = vector("merger.ln_q.weight")
         self.merger_in = linear("merger.mlp.0")
         self.merger_out = linear("merger.mlp.2")
-        self._layout = lru_cache(maxsize=32)(self._make_layout)
-
-    def _make_layout(self, grid: Grid) -> _Layout:
-        c = self.config
-        t, h, w = grid
-        merge, side = c.spatial_merge_size, c.window_cells
-        rows, columns = h // merge, w // merge
-        cells = np.arange(t * rows * columns).reshape(t, rows, columns)
-        windows = [
-            cells[frame, r : r + side, col : col + side].reshape(-1)
-            for frame in range(t)
-            for r in range(0, rows, side)
-            for col in range(0, columns, side)
-        ]
-        order = np.concatenate(windows)
-        unit = merge * merge
-        patches = torch.from_numpy((order[:, None] * unit + np.arange(unit)).reshape(-1)).to(self.device)
-        angles = vision_angles(grid, merge, c.head_dim, c.rope_theta).to(self.device)[patches]
-        return _Layout(
-            order=patches,
-            cell_inverse=torch.from_numpy(np.argsort(order)).to(self.device),
-            window_lengths=tuple(len(window) * unit for window in windows),
-            frame_lengths=(h * w,) * t,
-            cos=angles.cos(),
-            sin=angles.sin(),
-        )
+        self._layout = lru_cache(maxsize=32)(lambda grid: lay_out(config, grid, device))
 
     def _offsets(self, lengths: Sequence[int]) -> Tensor:
         return torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)).to(self.device)
@@ -148,25 +171,21 @@ class VisionTower:
             levels = levels.to(self.device, self.dtype)
             k.pixel_values(patches.to(self.device), layout.order, levels, c.temporal_patch_size, rows)
             first += len(rows)
-        cos = torch.cat([layout.cos for layout in layouts])
-        sin = torch.cat([layout.sin for layout in layouts])
+        angles = (
+            torch.cat([layout.cos for layout in layouts]),
+            torch.cat([layout.sin for layout in layouts]),
+        )
         windows = self._offsets([n for layout in layouts for n in layout.window_lengths])
         frames = self._offsets([n for layout in layouts for n in layout.frame_lengths])
-        scale = c.head_dim**-0.5
 
         residual = k.linear(x, self.patch_embed)
-        y = k.rms_norm(residual, self.blocks[0].norm1, _NORM_EPS)
+        y = k.rms_norm(residual, self.blocks[0].norm1, NORM_EPS)
         for i, block in enumerate(self.blocks):
             if i:
-                y = k.add_rms_norm(y, residual, block.norm1, _NORM_EPS)
-            qkv = k.linear(y, block.qkv).view(len(x), 3, c.num_heads, c.head_dim)
-            k.rotary(qkv[:, :2].view(len(x), 2 * c.num_heads, c.head_dim), cos, sin)
+                y = k.add_rms_norm(y, residual, block.norm1, NORM_EPS)
             offsets = frames if i in c.full_attention_blocks else windows
-            y = k.varlen_attention(qkv[:, 0], qkv[:, 1], qkv[:, 2], offsets, scale)
-            y = k.linear(y.reshape(len(x), c.hidden_size), block.proj)
-            y = k.add_rms_norm(y, residual, block.norm2, _NORM_EPS)
-            y = k.linear(k.linear_swiglu(y, block.gate_up), block.down)
-        y = k.add_rms_norm(y, residual, self.merger_norm, _NORM_EPS)
+            y = run_block(k, c, block, y, residual, angles, offsets)
+        y = k.add_rms_norm(y, residual, self.merger_norm, NORM_EPS)
         y = y.view(len(x) // c.spatial_merge_size**2, -1)
         y = k.linear(k.gelu(k.linear(y, self.merger_in)), self.merger_out)
 

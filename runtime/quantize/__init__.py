@@ -1,0 +1,1 @@
+"""Quantised checkpoints made from a model and pages: `pagemill quantize`."""
