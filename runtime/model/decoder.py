@@ -64,7 +64,8 @@ def run_layer(
     batch: RaggedBatch,
     cache: LayerCache,
 ) -> Tensor:
-    """One layer: `y [T, hidden]` is what its attention reads, normed. Adds the attention's output to `residual`, returns the MLP's."""
+    """One layer: `y [T, hidden]` is what its attention reads, normed. Adds the attention's output to
+    `residual`, returns the MLP's."""
     keys, values, *scales = cache
     qkv = k.linear(y, layer.qkv)
     heads = c.num_heads, c.num_kv_heads

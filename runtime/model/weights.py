@@ -133,6 +133,15 @@ class Checkpoint:
             )
 
     @property
+    def names(self) -> list[str]:
+        """Canonical names of all tensors."""
+        return list(self._where)
+
+    def original_name(self, name: str) -> str:
+        """The name that the files have for a canonical one."""
+        return self._where[name][1]
+
+    @property
     def files(self) -> list[Path]:
         """The files that hold weights, in their order."""
         return sorted({path for path, _ in self._where.values()})

@@ -1,7 +1,7 @@
 """The model on calibration pages, one block or layer at a time: what every linear layer is fed.
 
-All in float32 and by the engine's own blocks (`model/vision.py`, `model/decoder.py`); what goes into a linear layer is tapped where
-the kernels are called. In memory are one block's weights and the hidden states of all pages.
+All in float32 and by the engine's own blocks (`model/vision.py`, `model/decoder.py`); what goes into a linear layer is tapped
+where the kernels are called. In memory are one block's weights and the hidden states of all pages.
 """
 
 from __future__ import annotations
@@ -104,9 +104,7 @@ class Walk:
             layout = lay_out(c, page.grid, torch.device("cpu"))
             x = torch.empty(len(layout.order), c.patch_dim)
             levels = torch.from_numpy(page.levels.copy())
-            k.pixel_values(
-                torch.from_numpy(page.patches), layout.order, levels, c.temporal_patch_size, x
-            )
+            k.pixel_values(torch.from_numpy(page.patches), layout.order, levels, c.temporal_patch_size, x)
             self.states.append(k.linear(x, embed))
 
     def weights(self, unit: str) -> dict[str, Tensor]:
@@ -118,17 +116,17 @@ class Walk:
         names += [f"{norm}.weight" for norm in norms(unit).values()]
         return {name: self._read(f"{unit}.{name}").float().clone() for name in names}
 
-    def run(self, unit: str, weights: Mapping[str, Tensor]) -> Fed:
-        """Take the pages through one block, tapping what its linear layers are fed."""
+    def run(self, unit: str, weights: Mapping[str, Tensor], products: bool = False) -> Fed:
+        """Take the pages through one block, tapping what its linear layers are fed; with `products`, also sums of x^T x."""
         if unit == "text.layers.0":
             self._enter_decoder()
         tower = unit.startswith("vision.")
         packed = _pack(self._kernels, unit, weights)
-        fed = Fed({name: Inputs(w) for name, w in _widths(unit, weights).items()})
-        # Pages share the sample evenly; short ones leave room to later ones.
-        keep = max(8, 1 + 1024 // len(self.pages))
+        widths = {name: weights[f"{layers[0]}.weight"].shape[1] for name, layers in feeds(unit).items()}
+        fed = Fed({name: Inputs(k, torch.zeros(k, k) if products else None) for name, k in widths.items()})
+        rows = sum(map(len, self.states))
         for i, (page, state) in enumerate(zip(self.pages, self.states, strict=True)):
-            tapped = _tap(self._kernels, packed, lambda name, x: fed.inputs[name].add(x, keep))
+            tapped = _tap(self._kernels, packed, lambda name, x: fed.inputs[name].add(x, len(x) / rows))
             norm = weights[f"{norms(unit)['qkv']}.weight"]
             step = self._block if tower else self._layer
             self.states[i] = state + step(unit, tapped, packed, norm, state, page, fed)
@@ -192,7 +190,9 @@ class Walk:
         """Images' hidden states through the merger, among the tokens' embeddings: `[tokens, hidden]` of each page."""
         c, k = self.config.vision, self._kernels
         first, second = (
-            k.pack_linear(self._read(f"vision.merger.mlp.{i}.weight"), self._read(f"vision.merger.mlp.{i}.bias"))
+            k.pack_linear(
+                self._read(f"vision.merger.mlp.{i}.weight"), self._read(f"vision.merger.mlp.{i}.bias")
+            )
             for i in (0, 2)
         )
         norm = self._read("vision.merger.ln_q.weight").float()
@@ -206,10 +206,6 @@ class Walk:
             self.states[i] = rows
 
 
-def _widths(unit: str, weights: Mapping[str, Tensor]) -> dict[str, int]:
-    return {name: weights[f"{layers[0]}.weight"].shape[1] for name, layers in feeds(unit).items()}
-
-
 def _pack(k: Kernels, unit: str, weights: Mapping[str, Tensor]) -> dict[str, PackedLinear | Tensor]:
     """The fields of `Block` or `Layer`, but for the first norm."""
     tower = unit.startswith("vision.")
@@ -219,31 +215,30 @@ def _pack(k: Kernels, unit: str, weights: Mapping[str, Tensor]) -> dict[str, Pac
         return [weights[f"{layer}.weight"] for layer in layers], torch.cat(biases) if biases else None
 
     of = feeds(unit)
-    gate_up, bias = stacked(of["gate_up"])
+    (gate, up), bias = stacked(of["gate_up"])
     return {
         "qkv": k.pack_linear(*stacked(of["qkv"])),
         "proj" if tower else "out": k.pack_linear(*stacked(of["out"])),
         "norm2" if tower else "mlp_norm": weights[f"{norms(unit)['gate_up']}.weight"],
-        "gate_up": k.pack_swiglu(*gate_up, bias),
+        "gate_up": k.pack_swiglu(gate, up, bias),
         "down": k.pack_linear(*stacked(of["down"])),
     }
 
 
 def _tap(
-    k: Kernels, packed: Mapping[str, PackedLinear | Tensor], seen: Callable[[str, Tensor], None]
+    k: Kernels, weights: Mapping[str, PackedLinear | Tensor], seen: Callable[[str, Tensor], None]
 ) -> Kernels:
     """The kernels, telling `seen` what each of the packed layers is fed."""
-    names = {id(item): "out" if name == "proj" else name for name, item in packed.items()}
+    names = {id(item): "out" if name == "proj" else name for name, item in weights.items()}
 
     def linear(
-        x: Tensor, weight: PackedLinear, *, out_float32: bool = False, residual: Tensor | None = None
+        x: Tensor, packed: PackedLinear, *, out_float32: bool = False, residual: Tensor | None = None
     ) -> Tensor:
-        seen(names[id(weight)], x)
-        return k.linear(x, weight, out_float32=out_float32, residual=residual)
+        seen(names[id(packed)], x)
+        return k.linear(x, packed, out_float32=out_float32, residual=residual)
 
-    def linear_swiglu(x: Tensor, weight: PackedLinear) -> Tensor:
-        seen(names[id(weight)], x)
-        return k.linear_swiglu(x, weight)
+    def linear_swiglu(x: Tensor, packed: PackedLinear) -> Tensor:
+        seen(names[id(packed)], x)
+        return k.linear_swiglu(x, packed)
 
     return replace(k, linear=linear, linear_swiglu=linear_swiglu)
-
