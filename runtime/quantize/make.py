@@ -140,7 +140,7 @@ def _fold(
     for layer in layers:
         weights[f"{layer}.weight"] *= s
     if norm_name is not None:
-        weights[f"{norm_name}.weight"] = norm / s
+        weights[f"{norm_name}.weight"] = _bfloat16(norm / s)
     else:
         own = s if repeat == 1 else s.view(kv_heads, repeat, -1)[:, 0].flatten()
         weights[f"{source}.weight"][rows] /= own[:, None]
@@ -159,8 +159,8 @@ def quantise_unit(
 ) -> tuple[dict[str, Rounded | None], dict[str, Rounded], Report]:
     """Round a block's linear layers, whose `weights` (float32) are changed by the factors folded into them.
 
-    Returns the rounded layers by name (None: stays as it is), the int8 forms of `mixed`, and the report. Raises CalibrationError for
-    a layer that the pages did not feed.
+    Returns the rounded layers by name (None: stays as it is), the int8 forms of `mixed`, and the report. Raises CalibrationError
+    for a layer that the pages did not feed.
     """
     scheme = job.vision if unit.startswith("vision.") else job.text
     report = Report()

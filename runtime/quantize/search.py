@@ -164,7 +164,7 @@ def _range(w: Tensor, importance: Tensor | None) -> tuple[Tensor, Tensor]:
     zero = (-low / ((high - low) / 15).clamp_min(1e-10)).round().clamp(0, 15)
     best, scales = torch.full_like(low, torch.inf), torch.ones_like(low)
     for cut in range(_CUTS):
-        scale = _as_stored((high - low) * (1 - _CUT_STEP * cut) / 15).clamp_min(1e-10)
+        scale = _as_stored(((high - low) * (1 - _CUT_STEP * cut) / 15).clamp_min(1e-10))
         off = _codes(w, scale[:, None], zero[:, None]).sub_(zero[:, None]).mul_(scale[:, None]).sub_(w)
         error = off.square_().mul_(h).sum(1)
         better = error < best
@@ -181,7 +181,7 @@ def round_rows(weight: Tensor, scheme: str) -> Rounded:
     """Round `weight [N, K]` to int8 or fp8 (e4m3), symmetric, a scale a row."""
     w = weight.float()
     most = 127.0 if scheme == "int8" else _FP8_MAX
-    scales = _as_stored(w.abs().amax(1, keepdim=True) / most).clamp_min(1e-30)
+    scales = _as_stored((w.abs().amax(1, keepdim=True) / most).clamp_min(1e-30))
     q = (w / scales).clamp(-most, most)
     return Rounded(
         scheme, q.round().to(torch.int8) if scheme == "int8" else q.to(torch.float8_e4m3fn), scales
