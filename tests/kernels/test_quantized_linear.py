@@ -323,9 +323,7 @@ def test_the_wide_form_takes_over_at_its_rows(kernels: Kernels, dtype: torch.dty
     q, scales, zeros = random_q(n, k, 32)
     order = torch.randperm(k)
     narrow = kernels.pack_quantized(q, scales, zeros, None, group=32, order=order)
-    wide = kernels.pack_quantized(
-        torch.randint(-128, 128, (n, k)).to(torch.int8), torch.rand(n), None, None
-    )
+    wide = kernels.pack_quantized(torch.randint(-128, 128, (n, k)).to(torch.int8), torch.rand(n), None, None)
     check_wide(narrow, wide)
     both = replace(narrow, wide=wide)
     x = torch.randn(WIDE_ROWS, k, dtype=dtype)
