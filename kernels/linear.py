@@ -17,7 +17,8 @@ the same bits. A NaN or an infinity in a row (int8) or group (int4) of x makes i
 Fused forms: the layer's gate and up projections with SwiGLU, and a product that is added to a residual.
 
 A weight whose columns were sorted by group (GPTQ's `desc_act`) keeps their order, in which x's columns are gathered first.
-One that is packed twice is multiplied in its wide form from `WIDE_ROWS` rows of x on: there arithmetic costs, below it reading.
+One that is packed twice is multiplied in its wide form from `WIDE_ROWS` rows of x on, where arithmetic costs and not reading
+weights: its rows are the same bits in every batch on either side of that number, and not across it.
 """
 
 from __future__ import annotations
@@ -292,9 +293,9 @@ def pack_quantized_reference(
 ) -> PackedLinear:
     """Pack a weight that is quantised already.
 
-    int4: uint8 `q [N, K]` of 0..15, `scales [N, G]`, uint8 `zeros [N, G]` of 0..15. int8: int8 `q [N, K]`, `scales [N]`, and None
-    for `zeros`; `group` is not looked at. `gated`: the rows are those of gate, then those of up, for `linear_swiglu`.
-    `order`, int64 `[K]`: the column of x for each column of q. Raises ValueError for anything else.
+    int4: uint8 `q [N, K]` of 0..15, `scales [N, G]`, uint8 `zeros [N, G]` of 0..15. int8: int8 `q [N, K]`, `scales [N]`, None for
+    `zeros`; `group` is not looked at. `gated`: the rows are those of gate, then those of up, for `linear_swiglu`. `order`, int64
+    `[K]`: the column of x for each column of q. Raises ValueError for anything else.
     """
     check_quantized(q, scales, zeros, bias, group, gated, order)
     bias = None if bias is None else bias.to(dtype).contiguous()
@@ -309,7 +310,7 @@ def pack_quantized_reference(
 
 
 def dequantize_reference(packed: PackedLinear) -> Tensor:
-    """The weight that a reference-packed matrix stands for: float32 `[N, K]`, gate's rows before up's, columns in x's order."""
+    """The weight that a reference-packed matrix stands for: float32 `[N, K]`, gate's rows before up's, columns as in x."""
     if packed.scales is None:
         return packed.weight.float()
     q = packed.weight.float()

@@ -25,7 +25,8 @@ class EngineConfig:
     """Which kernel implementations to use; `Engine.describe` tells what was chosen."""
     quantize: Quantize = "none"
     """Round the weights to fewer bits while loading: int8 (weights and activations, everywhere), or int4 (the decoder's
-    weights in groups; the vision tower, the embedding and the output layer in int8)."""
+    weights in groups; the vision tower, the embedding and the output layer in int8). Of a checkpoint that is quantised
+    already, none is as it is stored, and the others concern what it left plain or holds in fp8."""
     weight_cache: WeightCache = "auto"
     """Keep the packed weights in the user's cache folder (PAGEMILL_CACHE_DIR), to be mapped by later starts: auto does for
     checkpoints of 1 GB or more that run on the CPU. `Engine.describe` tells whether they came from there."""

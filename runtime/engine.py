@@ -403,6 +403,7 @@ class Engine:
             "device": str(core.model.vision.device),
             "dtype": str(core.model.vision.dtype).removeprefix("torch."),
             "quantize": core.config.quantize,
+            "checkpoint": core.model.checkpoint,
             "kernels": core.model.decoder.kernels.describe(),
             "weights": core.model.weights,
             "layers": text.num_layers,

@@ -147,7 +147,7 @@ class _Fields:
 def read_config(folder: Path) -> ModelConfig:
     """Read `config.json` (and the end tokens of `generation_config.json`) of a checkpoint folder.
 
-    Raises `CheckpointError` for another architecture, a quantised checkpoint, or a field that cannot be.
+    Raises `CheckpointError` for another architecture, or a field that cannot be.
     """
     path = folder / "config.json"
     root = read_json(path)
@@ -157,14 +157,6 @@ def read_config(folder: Path) -> ModelConfig:
     if ARCHITECTURE not in architectures and root.get("model_type") != "qwen2_5_vl":
         found = ", ".join(map(str, architectures)) or str(root.get("model_type", "none named"))
         raise CheckpointError(f"{path}: architecture {found} is not supported; pagemill runs {ARCHITECTURE}")
-    if (quantization := root.get("quantization_config")) is not None:
-        method = (
-            quantization.get("quant_method", "unnamed") if isinstance(quantization, dict) else quantization
-        )
-        raise CheckpointError(
-            f"{path}: this checkpoint is quantised ({method}), which is not supported yet; "
-            "use the unquantised bfloat16 checkpoint of the same model"
-        )
     nested = root.get("text_config")
     text_values = nested if nested is not None else root
     text = _read_text(_Fields(f"{path} text_config" if nested is not None else str(path), text_values), root)

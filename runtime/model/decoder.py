@@ -15,6 +15,7 @@ from pagemill.kernels import Kernels, LayerCache, PackedLinear, Scheme
 from pagemill.model.config import TextConfig
 from pagemill.model.packed import PackedWeights
 from pagemill.model.rope import MRope
+from pagemill.model.unpack import packed_linear
 
 
 @dataclass
@@ -100,21 +101,11 @@ class Decoder:
             return pack(*(f"text.layers.{layer}.{n}_proj" for n in names), bias=bias)
 
         def pack(*names: str, bias: bool = False, scheme: Scheme = scheme) -> PackedLinear:
-            def make() -> PackedLinear:
-                parts = [weights.read(f"{n}.weight").to(device) for n in names]
-                biases = torch.cat([weights.read(f"{n}.bias") for n in names]).to(device) if bias else None
-                return kernels.pack_linear(parts, biases, scheme=scheme)
-
-            return weights.packed("+".join(names), make)
+            return packed_linear(weights, names, bias, kernels, device, dtype, scheme)
 
         def gate_up(layer: int) -> PackedLinear:
             names = [f"text.layers.{layer}.mlp.{n}_proj" for n in ("gate", "up")]
-
-            def make() -> PackedLinear:
-                gate, up = (weights.read(f"{n}.weight").to(device) for n in names)
-                return kernels.pack_swiglu(gate, up, None, scheme=scheme)
-
-            return weights.packed("+".join(names), make)
+            return packed_linear(weights, names, False, kernels, device, dtype, scheme, gated=True)
 
         self.embed_tokens = pack("text.embed_tokens", scheme=vocabulary_scheme)
         self.lm_head = self.embed_tokens

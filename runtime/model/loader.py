@@ -15,6 +15,7 @@ from pagemill.kernels import Kernels, Scheme
 from pagemill.model import packed
 from pagemill.model.config import ModelConfig
 from pagemill.model.decoder import Decoder
+from pagemill.model.unpack import what_is_stored, what_runs
 from pagemill.model.vision import VisionTower
 from pagemill.model.weights import Checkpoint
 
@@ -33,6 +34,8 @@ class Model:
     """Where the packed weights came from, and whether they are kept."""
     mapped_bytes: int = 0
     """Bytes of the file that backs them: memory that the system counts as free, but that the model needs."""
+    checkpoint: str = "plain"
+    """What the checkpoint holds: the method, and the form of each part's weights."""
 
 
 @dataclass(frozen=True)
@@ -122,11 +125,16 @@ def load_model(
     try:
         path = None
         if packed.is_wanted(weight_cache, checkpoint, device):
-            path = packed.entry(checkpoint, config, kernels, dtype, quantize)
+            stored = f"{quantize} {checkpoint.quantization!r}" if checkpoint.quantization else quantize
+            path = packed.entry(checkpoint, config, kernels, dtype, stored)
         weights = packed.PackedWeights(checkpoint, path)
         vision = VisionTower(config.vision, weights, kernels, device, dtype, schemes.vision)
         decoder = Decoder(config.text, weights, kernels, device, dtype, schemes.text, schemes.vocabulary)
         weights.keep()
     finally:
         checkpoint.close()
-    return Model(config, vision, decoder, weights.note, weights.mapped_bytes)
+    decoder_linears = [w for each in decoder.layers for w in (each.qkv, each.out, each.gate_up, each.down)]
+    stored = what_is_stored(checkpoint)
+    if checkpoint.quantization is not None:
+        stored += f"; the decoder runs in {what_runs(decoder_linears)}"
+    return Model(config, vision, decoder, weights.note, weights.mapped_bytes, stored)

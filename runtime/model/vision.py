@@ -19,6 +19,7 @@ from pagemill.kernels import Kernels, PackedLinear, Scheme
 from pagemill.model.config import VisionConfig
 from pagemill.model.packed import PackedWeights
 from pagemill.model.rope import Grid, vision_angles
+from pagemill.model.unpack import packed_linear
 
 NORM_EPS = 1e-6  # fixed in the architecture, not a field of config.json
 
@@ -115,23 +116,11 @@ class VisionTower:
 
         def linear(*names: str, bias: bool = True, scheme: Scheme = scheme) -> PackedLinear:
             full = [f"vision.{n}" for n in names]
-
-            def make() -> PackedLinear:
-                parts = [weights.read(f"{n}.weight").flatten(1).to(device) for n in full]
-                biases = torch.cat([weights.read(f"{n}.bias") for n in full]).to(device) if bias else None
-                return kernels.pack_linear(parts, biases, scheme=scheme)
-
-            return weights.packed("+".join(full), make)
+            return packed_linear(weights, full, bias, kernels, device, dtype, scheme)
 
         def gate_up(block: int) -> PackedLinear:
             names = [f"vision.blocks.{block}.mlp.{n}_proj" for n in ("gate", "up")]
-
-            def make() -> PackedLinear:
-                gate, up = (weights.read(f"{n}.weight").to(device) for n in names)
-                bias = torch.cat([weights.read(f"{n}.bias") for n in names]).to(device)
-                return kernels.pack_swiglu(gate, up, bias, scheme=scheme)
-
-            return weights.packed("+".join(names), make)
+            return packed_linear(weights, names, True, kernels, device, dtype, scheme, gated=True)
 
         self.patch_embed = linear("patch_embed.proj", bias=False, scheme="plain")
         self.blocks = [

@@ -8,7 +8,7 @@ from the files' headers alone, so a wrong checkpoint is refused before any weigh
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,10 @@ from torch import Tensor
 
 from pagemill.errors import CheckpointError
 from pagemill.model.config import ModelConfig, read_json
+from pagemill.model.quantized import Header, Stored, read_quantization, unused
 
+WIDE_FILE = "pagemill-wide.safetensors"
+"""int8 copies of a checkpoint's int4 weights, which other readers do not see."""
 _DTYPES = {"BF16", "F16", "F32"}
 # Mapped pages count as resident memory until the file is closed; reopening this often keeps them a small share.
 _REOPEN_BYTES = 128 << 20
@@ -98,20 +101,38 @@ class Checkpoint:
         self._open_path: Path | None = None
         self._open_file: Any = None
         self._bytes_since_open = 0
-        expected = expected_shapes(config)
-        if config.text.tie_word_embeddings:
-            expected_extra = {"lm_head.weight"}  # some exporters write the tied copy too
-        else:
-            expected_extra = set()
+        self.shapes = expected_shapes(config)
+        """Canonical name and shape of every tensor that the architecture needs, were it stored plain."""
+        self.quantization = read_quantization(folder)
+        self.stored: dict[str, Stored] = {}
+        """How the modules are stored that are not plain, by canonical name."""
+        self.unused: list[str] = []
+        """What the checkpoint holds beside its weights, and the engine has no use for."""
+        headers: dict[str, Header] = {}
         unexpected: list[str] = []
         for path, names in self._files():
             for name in names:
                 if name.endswith(_NOT_WEIGHTS):
                     continue
                 canonical = canonical_name(name)
-                if canonical in expected_extra:
+                if config.text.tie_word_embeddings and canonical and canonical.startswith("lm_head."):
+                    continue  # some exporters write the tied copy too
+                if canonical is not None and self.quantization is not None and unused(canonical):
+                    kind = (
+                        "scales of keys and values"
+                        if "_scale" in name
+                        and "attn." in name
+                        and (name.endswith((".k_scale", ".v_scale", ".q_scale")))
+                        else "static scales of activations"
+                    )
+                    if kind not in self.unused:
+                        self.unused.append(kind)
                     continue
-                if canonical is None or canonical not in expected:
+                module = (canonical or "").rpartition(".")[0]
+                of_module = (
+                    self.quantization is not None and len(self.shapes.get(f"{module}.weight", ())) == 2
+                )
+                if canonical is None or (canonical not in self.shapes and not of_module):
                     unexpected.append(name)
                     continue
                 if canonical in self._where:
@@ -119,18 +140,40 @@ class Checkpoint:
                         f"{folder}: {name} and {self._where[canonical][1]} name the same weight"
                     )
                 self._where[canonical] = (path, name)
-                self._check_header(path, name, expected[canonical])
-        missing = [name for name in expected if name not in self._where]
+                headers[canonical] = self._header(path, name)
+        missing: list[str] = []
+        for name, shape in self.shapes.items():
+            if name in headers and headers[name][0] in _DTYPES:
+                self._check_header(name, headers[name], shape)
+                continue
+            module, _, kind = name.rpartition(".")
+            own = {n.rpartition(".")[2]: h for n, h in headers.items() if n.rpartition(".")[0] == module}
+            if self.quantization is None or kind != "weight" or len(shape) != 2 or not set(own) - {"bias"}:
+                if name in headers:
+                    self._check_header(name, headers[name], shape)
+                missing.append(name)
+                continue
+            own[""] = ("", shape)
+            first = next(n for n in headers if n.rpartition(".")[0] == module and not n.endswith(".bias"))
+            original = self._where[first][1].rpartition(".")[0]
+            self.stored[module] = self.quantization.stored(module, original, own)
         if missing:
             raise CheckpointError(
-                f"{folder}: {len(missing)} of {len(expected)} weights are missing, first {missing[0]}; "
+                f"{folder}: {len(missing)} of {len(self.shapes)} weights are missing, first {missing[0]}; "
                 "the download is incomplete or config.json belongs to another model"
             )
+        allowed = {"bias", "qweight", "qzeros", "scales", "g_idx", "weight", "weight_packed", "weight_scale", "weight_scale_inv",
+                   "weight_zero_point", "weight_shape", "weight_g_idx"}  # fmt: skip
+        for name in headers.keys() - self.shapes.keys():
+            module, _, kind = name.rpartition(".")
+            if module not in self.stored or kind not in allowed:
+                unexpected.append(self._where[name][1])
         if unexpected:
             raise CheckpointError(
                 f"{folder}: {len(unexpected)} tensors do not belong to the architecture in config.json, "
                 f"first {unexpected[0]}"
             )
+        self._read_wide()
 
     @property
     def names(self) -> list[str]:
@@ -186,19 +229,62 @@ class Checkpoint:
             self._open_path = path
         return self._open_file
 
-    def _check_header(self, path: Path, name: str, shape: tuple[int, ...]) -> None:
+    def _header(self, path: Path, name: str) -> Header:
         try:
             found = self._file(path).get_slice(name)
         except SafetensorError:
             raise CheckpointError(f"{path} does not hold {name}, which its index promises") from None
-        if found.get_dtype() not in _DTYPES:
+        return str(found.get_dtype()), tuple(found.get_shape())
+
+    def _check_header(self, canonical: str, header: Header, shape: tuple[int, ...]) -> None:
+        path, name = self._where[canonical]
+        if header[0] not in _DTYPES:
             raise CheckpointError(
-                f"{path}: {name} is stored as {found.get_dtype()}; supported are bf16, fp16 and fp32"
+                f"{path}: {name} is stored as {header[0]}; supported are bf16, fp16 and fp32"
             )
-        if tuple(found.get_shape()) != shape:
+        if header[1] != shape:
             raise CheckpointError(
-                f"{path}: {name} has shape {list(found.get_shape())}, config.json implies {list(shape)}"
+                f"{path}: {name} has shape {list(header[1])}, config.json implies {list(shape)}"
             )
+
+    def _read_wide(self) -> None:
+        """Find the int8 copies of int4 weights of the decoder, `pagemill-wide.safetensors`."""
+        path = self.folder / WIDE_FILE
+        if not self.stored or not path.exists():
+            return
+        for name in list(self._file(path).keys()):
+            canonical = canonical_name(name)
+            module, _, kind = (canonical or "").rpartition(".")
+            shape = self.shapes.get(f"{module}.weight", ())
+            wanted = {"weight": ("I8", shape), "weight_scale": ("F32", (*shape[:1], 1))}.get(kind)
+            if not module.startswith("text.layers.") or len(shape) != 2 or self._header(path, name) != wanted:
+                raise CheckpointError(
+                    f"{path}: {name} is no int8 weight, or scale, of the decoder in config.json's shape"
+                )
+            self._where[f"wide.{canonical}"] = (path, name)
+
+    def has(self, name: str) -> bool:
+        """Whether there is a tensor of this canonical name."""
+        return name in self._where
+
+    def has_wide(self, modules: Sequence[str]) -> bool:
+        """Whether these modules have int8 copies, all of them; CheckpointError where only some have."""
+        names = [f"wide.{module}.{kind}" for module in modules for kind in ("weight", "weight_scale")]
+        found = [self.has(name) for name in names]
+        if any(found) and not all(found):
+            lacking = names[found.index(False)].removeprefix("wide.")
+            raise CheckpointError(f"{self.folder / WIDE_FILE}: {lacking} is missing")
+        return all(found)
+
+    @property
+    def has_any_wide(self) -> bool:
+        """Whether any module has an int8 copy."""
+        return any(name.startswith("wide.") for name in self._where)
+
+    def name_of(self, module: str) -> str:
+        """Return the name that the files give to a module."""
+        found = next(n for n in self._where if n.rpartition(".")[0] == module and not n.endswith(".bias"))
+        return self._where[found][1].rpartition(".")[0]
 
     def read(self, name: str) -> Tensor:
         """Return the tensor of canonical `name`, in its stored dtype, on the CPU, sharing the mapped file."""

@@ -207,7 +207,6 @@ CONFIG_DAMAGE = {
         lambda c: c.update(architectures=["LlamaForCausalLM"], model_type="llama"),
         "architecture LlamaForCausalLM is not supported",
     ),
-    "quantised": (lambda c: c.update(quantization_config={"quant_method": "awq"}), r"quantised \(awq\)"),
     "negative size": (lambda c: c.update(hidden_size=-48), "hidden_size should be an integer"),
     "text for a number": (
         lambda c: c.update(num_hidden_layers="2"),
