@@ -4,7 +4,8 @@
 
 Every form reads the same 48 pages as `pagemill read` does, and scores their truth (`Engine.score`, teacher-forced): bits per
 character, which sees small losses that a greedy answer hides or exaggerates. Along float32's own answers, token by token: the
-Kullback-Leibler divergence of the form's distribution from float32's in bits, and the share of tokens where both prefer the same one.
+Kullback-Leibler divergence of the form's distribution from float32's in bits, and the share of tokens where both prefer the
+same one.
 Differences are paired by page, with bootstrap intervals (95 %).
 
 `--quantize` forms are rounded while they are loaded, and know no pages. Made ones are checkpoints of `pagemill quantize`, made
@@ -28,7 +29,7 @@ from torch import Tensor
 
 from pagemill import Engine, SamplingParams, core
 from pagemill.cost.compare import Pages, align, select_pages
-from pagemill.decode.page import FIELDS, is_degenerate
+from pagemill.decode.page import FIELDS
 from pagemill.model.config import read_config
 from pagemill.model.loader import find_checkpoint
 from pagemill.quantize import calibrate
@@ -58,6 +59,7 @@ class Form:
     benchmark_score: list[float] = field(default_factory=list)
     cer: list[float] = field(default_factory=list)
     bits_per_char: list[float] = field(default_factory=list)
+    degenerate: list[bool] = field(default_factory=list)
     outputs: list[str] = field(default_factory=list)
     logits: list[Tensor] = field(default_factory=list)
     """Log-probabilities along float32's answer, float32 `[tokens, vocabulary]`."""
@@ -112,6 +114,7 @@ def measure(model: str, options: dict[str, str], pages: Pages, answers: list[str
         [page.fields.benchmark_score for page in scores],
         [page.fields.cer for page in scores],
         [one.bits_per_char or 0.0 for one in aligned],
+        [results[source].status == "degenerate" for source in sources],
         outputs,
         logits,
     )
@@ -134,7 +137,7 @@ def measure_made(model: str, scheme: str, pages: Pages, answers: list[str]) -> F
             forms.append(measure(str(out), {"dtype": "bfloat16"}, mine, texts[i]))
     whole = Form()
     for at in range(len(pages.refs)):
-        for name in ("benchmark_score", "cer", "bits_per_char", "outputs", "logits"):
+        for name in ("benchmark_score", "cer", "bits_per_char", "degenerate", "outputs", "logits"):
             getattr(whole, name).append(getattr(forms[at % 2], name)[at // 2])
     return whole
 
@@ -156,7 +159,7 @@ def row(name: str, form: Form, base: Form) -> dict[str, Any]:
         "benchmark_score": float(np.mean(form.benchmark_score)),
         "score_difference": difference(form.benchmark_score, base.benchmark_score),
         "cer": float(np.mean(form.cer)),
-        "degenerate": float(np.mean([is_degenerate(output, None) for output in form.outputs])),
+        "degenerate": float(np.mean(form.degenerate)),
         "bits_per_char": float(np.mean(form.bits_per_char)),
         "bits_difference": difference(form.bits_per_char, base.bits_per_char),
         "kl_bits": torch.cat(apart).mean().item(),
