@@ -20,6 +20,7 @@ struct Single {
     typedef float A;
     typedef float B;
     static constexpr int kWide = 1;  // elements of a in a step
+    static constexpr bool kStreamed = false;  // b is a stream of weights, fetched ahead
 };
 struct Pair {
 #if defined(PM_AVX512BF16)
@@ -30,6 +31,7 @@ struct Pair {
     static constexpr int kWide = 2;
 #endif
     typedef uint32_t B;
+    static constexpr bool kStreamed = true;
 };
 
 PM_INLINE V load_bits(const uint32_t* p) { return load(reinterpret_cast<const float*>(p)); }
@@ -41,6 +43,16 @@ PM_INLINE V factor(V bits, int half) {
     if constexpr (P::kWide == 1) return bits;
     else return reinterpret_cast<V>(half ? reinterpret_cast<U>(bits) & 0xffff0000u : reinterpret_cast<U>(bits) << 16);
 }
+
+// One column block's share of a step, kAhead bytes on: the machine's own prefetching does not keep up with the memory where
+// the processor computes between its loads.
+constexpr int kAhead = 4096;
+PM_INLINE void prefetch_ahead(const uint32_t* p) {
+    const char* at = reinterpret_cast<const char*>(p) + kAhead;
+    __builtin_prefetch(at, 0, 2);
+    if constexpr (kColumns * sizeof(*p) > 64) __builtin_prefetch(at + 64, 0, 2);
+}
+PM_INLINE void prefetch_ahead(const float*) {}
 
 PM_INLINE V multiply_add(float x, V row, V acc) { return fma(splat(x), row, acc); }
 #if defined(PM_AVX512BF16)
@@ -76,7 +88,10 @@ static void tile(const typename P::A* a, const typename P::B* const* b, int64_t 
                     acc[r][j] = multiply_add(a[r * kAStride + half], row[j], acc[r][j]);
         }
 #pragma GCC unroll 16
-        for (int j = 0; j < B; ++j) panel[j] += ldb;
+        for (int j = 0; j < B; ++j) {
+            if constexpr (P::kStreamed) prefetch_ahead(panel[j]);
+            panel[j] += ldb;
+        }
         a += P::kWide;
     }
 #pragma GCC unroll 16

@@ -1,4 +1,6 @@
-// Linear layers: pieces of k outermost, so that a staged piece of x and a panel's piece of w stay in cache.
+// Linear layers over packed panels.
+
+constexpr int64_t kFewRows = 32;  // up to so many the weights are a stream, of which nothing has to stay in cache
 
 PM_INLINE Single step_of(float) { return {}; }
 PM_INLINE Pair step_of(bf16) { return {}; }
@@ -57,20 +59,30 @@ PM_KERNEL void linear_item(const LinearArgs<T>& p, int64_t item) {
     const int64_t left = p.panels_count - first_panel, panels = left < p.panel_group ? left : p.panel_group;
     const int64_t width = panels * kPanel, steps_all = (p.k + kPerStep - 1) / kPerStep;
 
-    float* sums = scratch(rows * (kAStride + width));
+    // A piece of k's for all panels, so that what is staged of x stays in cache; few rows are staged whole, and the panels
+    // are read as they lie, from first to last.
+    const int64_t pieces = (p.k + kPiece - 1) / kPiece, staged = rows <= kFewRows ? pieces : 1;
+    float* sums = scratch(rows * (staged * kAStride + width));
     auto* a = reinterpret_cast<typename P::A*>(sums + rows * width);
     const auto* w = reinterpret_cast<const typename P::B*>(p.panels) + first_panel * steps_all * kPanel;
     // Few rows: several panels at a time, so that enough independent chains are in flight.
     const int64_t together = rows <= 2 ? 4 : rows <= 5 ? 2 : 1;
-    for (int64_t k0 = 0; k0 < p.k; k0 += kPiece) {
-        const int64_t depth = p.k - k0 < kPiece ? p.k - k0 : kPiece, steps = (depth + kPerStep - 1) / kPerStep;
-        for (int64_t r = 0; r < rows; ++r) stage_row(a + r * kAStride, p.x + (first_row + r) * p.ldx + k0, depth);
+    for (int64_t piece = 0; piece < pieces; piece += staged) {
+        for (int64_t i = piece; i < piece + staged; ++i)
+            for (int64_t r = 0; r < rows; ++r)
+                stage_row(a + ((i - piece) * rows + r) * kAStride, p.x + (first_row + r) * p.ldx + i * kPiece,
+                          p.k - i * kPiece < kPiece ? p.k - i * kPiece : kPiece);
         for (int64_t n = 0; n < panels; n += together) {
             const int64_t count = (panels - n < together ? panels - n : together) * kPerPanel;
-            const typename P::B* blocks[4 * kPerPanel];
-            for (int64_t j = 0; j < count; ++j)
-                blocks[j] = w + ((n + j / kPerPanel) * steps_all + k0 / kPerStep) * kPanel + j % kPerPanel * kColumns;
-            gemm<P>(rows, a, blocks, static_cast<int>(count), kPanel, steps, sums + n * kPanel, width, k0 > 0);
+            for (int64_t i = piece; i < piece + staged; ++i) {
+                const int64_t first = i * (kPiece / kPerStep);
+                const int64_t steps = steps_all - first < kPiece / kPerStep ? steps_all - first : kPiece / kPerStep;
+                const typename P::B* blocks[4 * kPerPanel];
+                for (int64_t j = 0; j < count; ++j)
+                    blocks[j] = w + ((n + j / kPerPanel) * steps_all + first) * kPanel + j % kPerPanel * kColumns;
+                gemm<P>(rows, a + (i - piece) * rows * kAStride, blocks, static_cast<int>(count), kPanel, steps,
+                        sums + n * kPanel, width, i > 0);
+            }
         }
     }
 
