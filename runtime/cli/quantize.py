@@ -120,12 +120,15 @@ def quantize(
                 },
             }
             memory = MemoryMeter()
-            made = make.make(job, prepared, described, on_unit)
-            made["peak_memory_bytes"] = memory.peak()
-            if held_out is not None:
-                progress.update(task, description="scoring", total=None)
-                made["score"] = _scores(held_out, model, output)
-            card.write_card(output, made)
+
+            def complete(made_in: Path, made: dict[str, Any]) -> None:
+                made["peak_memory_bytes"] = memory.peak()
+                if held_out is not None:
+                    progress.update(task, description="scoring", total=None)
+                    made["score"] = _scores(held_out, model, made_in)
+                card.write_readme(made_in, made)
+
+            made = make.make(job, prepared, described, on_unit, complete)
         say(
             f"[bold]{escape(printable(str(output)))}[/]: {made['bytes'] / 1e9:.3g} GB, {made['bytes_before'] / 1e9:.3g} before; "
             "its README.md is the card.",
@@ -157,12 +160,12 @@ def _answers(
     return refs, read
 
 
-def _scores(pages: Any, model: str, output: Path) -> dict[str, Any]:
+def _scores(pages: Any, model: str, made: Path) -> dict[str, Any]:
     """Quality of the model before and after, on the same pages."""
     from pagemill.cost.compare import compare
     from pagemill.cost.engines import ReadOptions, parse_engine
 
-    result = compare(pages, [parse_engine(f"before={model}"), parse_engine(f"after={output}")], ReadOptions())
+    result = compare(pages, [parse_engine(f"before={model}"), parse_engine(f"after={made}")], ReadOptions())
     for run in result["runs"]:
         if run["error"] or run["quality"] is None:
             raise ConfigError(f"{run['name']}: {run['error'] or 'no page could be scored'}")

@@ -7,9 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pagemill.quantize.make import CARD_FILE
-from pagemill.quantize.writer import write_json
-
 _FORMS = {
     "int4": "4-bit weights in groups, 16-bit activations (W4A16; pagemill on a CPU: 8-bit activations)",
     "int8": "8-bit weights and activations (W8A8, a scale a row and a token)",
@@ -17,9 +14,8 @@ _FORMS = {
 }
 
 
-def write_card(folder: Path, card: Mapping[str, Any]) -> None:
-    """Write both files of the card, each all of it or nothing."""
-    write_json(folder / CARD_FILE, card)
+def write_readme(folder: Path, card: Mapping[str, Any]) -> None:
+    """Write README.md, all of it or nothing."""
     part = folder / "README.md.part"
     part.write_text(readme(card), encoding="utf-8")
     os.replace(part, folder / "README.md")
@@ -42,10 +38,11 @@ def readme(card: Mapping[str, Any]) -> str:
         f"{card['bytes'] / 1e9:.3g} GB, {card['bytes_before'] / 1e9:.3g} before. "
         f"Calibrated on {card['calibration']['pages']} pages, "
         f"{card['calibration']['tokens']} tokens and {card['calibration']['patches']} patches, in {card['seconds']:.0f} s; "
-        f"peak memory {card['peak_memory_bytes'] / 1e9:.1f} GB.",
+        f"peak memory of that {card['peak_memory_bytes'] / 1e9:.1f} GB.",
         "",
     ]
-    if card["scheme"] == "mixed":
+    mixed = card["scheme"] == "mixed"
+    if mixed:
         lines += [
             "`pagemill-wide.safetensors` holds the decoder's layers once more in int8, for many rows at a time.",
             "",
@@ -76,12 +73,13 @@ def readme(card: Mapping[str, Any]) -> str:
         "",
         "Squared error of the outputs over their square, on calibration inputs; beside it that of rounding to nearest.",
         "",
-        "| layer | form | error | nearest |",
-        "|---|---|--:|--:|",
+        "| layer | form | error | nearest | in int8 |" if mixed else "| layer | form | error | nearest |",
+        "|---|---|--:|--:|--:|" if mixed else "|---|---|--:|--:|",
     ]
     for unit, report in card["blocks"].items():
         lines += [
             f"| {unit}.{layer} | {found['form']} | {found['error']:.2e} | {found['nearest']:.2e} |"
+            + (f" {found['wide']:.2e} |" if "wide" in found else " |" if mixed else "")
             for layer, found in report["layers"].items()
         ]
     return "\n".join(lines) + "\n"

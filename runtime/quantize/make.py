@@ -29,7 +29,7 @@ from pagemill.model.weights import Checkpoint
 from pagemill.quantize.calibrate import CalibrationError
 from pagemill.quantize.search import Inputs, Rounded, relative_error, round_int4, round_rows, search
 from pagemill.quantize.walk import CalibrationPage, Fed, Walk, biased, feeds, norms, units
-from pagemill.quantize.writer import quantization_config, stored, write_json, write_shard
+from pagemill.quantize.writer import header, quantization_config, stored, write_json, write_shard
 
 SchemeName = Literal["int4-awq", "int8", "fp8", "mixed"]
 SCHEMES: tuple[SchemeName, ...] = get_args(SchemeName)
@@ -186,18 +186,20 @@ def quantise_unit(
             w = weights[f"{layer}.weight"]
             if scheme == "int4":
                 one = round_int4(w, job.group_size, inputs.products)
-                if job.scheme == "mixed":
-                    wide[layer] = round_rows(w, "int8")
             else:
                 one = round_rows(w, scheme)
+            rounded[layer] = one
             error = relative_error(inputs.sample, w, one.weight(), scheme)
-            good = scheme == "int4" or error <= LARGEST_ERROR
-            rounded[layer] = one if good else None
-            report.layers[layer] = {
-                "form": scheme if good else "plain",
-                "error": error,
-                "nearest": nearest[layer],
-            }
+            report.layers[layer] = {"form": scheme, "error": error, "nearest": nearest[layer]}
+            if job.scheme == "mixed" and scheme == "int4":
+                wide[layer] = round_rows(w, "int8")
+                error = relative_error(inputs.sample, w, wide[layer].weight(), "int8")
+                report.layers[layer]["wide"] = error
+        # Layers of one input are computed as one: all of them stay as they are, or none.
+        if scheme != "int4" and max(report.layers[layer]["error"] for layer in layers) > LARGEST_ERROR:
+            for layer in layers:
+                rounded[layer] = None
+                report.layers[layer]["form"] = "plain"
     if fed.keys is not None and fed.values is not None:
         ratio = fed.keys.amax(1) / fed.keys.median(1).values.clamp_min(1e-6)
         report.keys = {
@@ -213,7 +215,7 @@ class _Partial:
 
     def __init__(self, job: Job, key: str) -> None:
         self.folder = job.out.with_name(f"{job.out.name}.partial")
-        self.state: dict[str, Any] = {"key": key, "units": {}, "states": None}
+        self.state: dict[str, Any] = {"key": key, "units": {}, "states": None, "seconds": 0.0}
         path = self.folder / "state.json"
         if path.exists():
             found = read_json(path)
@@ -238,8 +240,9 @@ class _Partial:
         finally:
             os.close(fd)
 
-    def done(self, unit: str, report: Report, states: Sequence[Tensor], number: int) -> None:
-        """Note that a block is whole, and the hidden states after it."""
+    def done(self, unit: str, report: Report, states: Sequence[Tensor], number: int, seconds: float) -> None:
+        """Note that a block is whole, the hidden states after it, and the seconds it took."""
+        self.state["seconds"] += seconds
         name = f"states-{number:03}.safetensors"
         write_shard(self.folder / name, {f"{i:05}": state for i, state in enumerate(states)})
         before = self.state["states"]
@@ -263,6 +266,7 @@ def _key(job: Job, pages: Sequence[CalibrationPage], files: Sequence[Path]) -> s
     for page in pages:
         digest.update(repr((page.token_ids, page.grid)).encode())
         digest.update(page.patches.tobytes())
+        digest.update(page.levels.tobytes())
     return digest.hexdigest()
 
 
@@ -271,11 +275,13 @@ def make(
     pages: Sequence[CalibrationPage],
     described: dict[str, Any],
     on_unit: Callable[[str, int, int], None] = lambda unit, done, total: None,
+    complete: Callable[[Path, dict[str, Any]], None] = lambda folder, card: None,
 ) -> dict[str, Any]:
     """Make the checkpoint; returns its card (what `CARD_FILE` holds). `described` goes into it as it is.
 
-    `on_unit` is called with each block's name before its work, and how many of all are done. Raises PagemillError; then, and
-    after a kill, the next call with the same job and pages goes on. DIR is there as a whole, or not at all.
+    `complete` may add to the card and the folder, which can be loaded by then, before it gets its name. `on_unit` is called with
+    each block's name before its work, and how many of all are done. Raises PagemillError; then, and after a kill, the next call
+    with the same job and pages goes on. DIR is there as a whole, or not at all.
     """
     check(job)
     if not pages:
@@ -291,6 +297,8 @@ def make(
             )
         with partial.locked():
             card = _run(job, pages, checkpoint, partial, described, on_unit)
+            complete(partial.folder, card)
+            write_json(partial.folder / CARD_FILE, card)
             for left in ("state.json", "lock", partial.state["states"]):
                 (partial.folder / left).unlink(missing_ok=True)
             os.rename(partial.folder, job.out)
@@ -307,7 +315,6 @@ def _run(
     described: dict[str, Any],
     on_unit: Callable[[str, int, int], None],
 ) -> dict[str, Any]:
-    started = time.perf_counter()
     walk = Walk(job.config, pages, checkpoint.read)
     names = units(job.config)
     whole = partial.state["units"]
@@ -319,6 +326,7 @@ def _run(
         if unit in whole:
             continue
         on_unit(unit, number, len(names))
+        started = time.perf_counter()
         weights = walk.weights(unit)
         fed = walk.run(unit, weights, products=job.text == "int4" and unit.startswith("text."))
         rounded, wide, report = quantise_unit(job, unit, weights, fed)
@@ -335,9 +343,9 @@ def _run(
                 for part, tensor in (("weight", one.q), ("weight_scale", one.scales))
             }
             write_shard(partial.folder / f"wide-{number:03}.safetensors", layers)
-        partial.done(unit, report, walk.states, number)
+        partial.done(unit, report, walk.states, number, time.perf_counter() - started)
     on_unit("the rest", len(names), len(names))
-    return _finish(job, checkpoint, partial, described | {"seconds": time.perf_counter() - started})
+    return _finish(job, checkpoint, partial, described | {"seconds": partial.state["seconds"]})
 
 
 def _own_name(checkpoint: Checkpoint, module: str) -> str:
@@ -373,20 +381,14 @@ def _finish(job: Job, checkpoint: Checkpoint, partial: _Partial, described: dict
         if not name.startswith(mine)
     }
     write_shard(folder / f"model-{len(names) + 1:05}-of-{len(names) + 1:05}.safetensors", rest)
-    wide = sorted(folder.glob("wide-*.safetensors"))
-    if wide:
-        tensors: dict[str, Tensor] = {}
-        for path in wide:
-            tensors |= load_file(path)
-        write_shard(folder / WIDE_FILE, tensors)
-        for path in wide:
-            path.unlink()
+    if job.scheme == "mixed":
+        _join_wide(folder, job.config.text.num_layers)
     where: dict[str, str] = {}
     total = 0
     for path in sorted(folder.glob("model-*.safetensors")):
-        for name, tensor in load_file(path).items():
-            where[name] = path.name
-            total += tensor.nbytes
+        tensors, size = header(path)
+        where |= dict.fromkeys(tensors, path.name)
+        total += size
     write_json(
         folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": where}
     )
@@ -421,5 +423,17 @@ def _finish(job: Job, checkpoint: Checkpoint, partial: _Partial, described: dict
         **described,
         "blocks": reports,
     }
-    write_json(folder / CARD_FILE, card)
     return card
+
+
+def _join_wide(folder: Path, count: int) -> None:
+    """Make one file of the int8 forms of the decoder's layers. They are deleted when it is whole, and only then."""
+    parts = sorted(folder.glob("wide-*.safetensors"))
+    if len(parts) == count:
+        write_shard(folder / WIDE_FILE, {name: t for part in parts for name, t in load_file(part).items()})
+    elif not (folder / WIDE_FILE).exists():
+        raise CheckpointError(
+            f"{folder} holds {len(parts)} of {count} wide layers; delete it and begin again"
+        )
+    for part in parts:
+        part.unlink()

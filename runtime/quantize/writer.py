@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import struct
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -109,9 +110,20 @@ def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write one file of tensors, all of it or nothing."""
     part = path.with_name(f"{path.name}.part")
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part, {"format": "pt"})
+    umask = os.umask(0)
+    os.umask(umask)
     with open(part, "rb+") as file:
+        os.fchmod(file.fileno(), 0o666 & ~umask)  # the library's own is for the user alone
         os.fsync(file.fileno())
     os.replace(part, path)
+
+
+def header(path: Path) -> tuple[list[str], int]:
+    """Names of the tensors of a file that `write_shard` wrote, and their bytes."""
+    with open(path, "rb") as file:
+        entries = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
+    entries.pop("__metadata__", None)
+    return list(entries), sum(end - start for start, end in (e["data_offsets"] for e in entries.values()))
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -195,7 +195,7 @@ def test_factors_change_nothing_but_rounding(model, pages):
             assert off(ours, theirs) < 1e-4
 
 
-def test_a_run_that_was_killed_goes_on_where_it_was(model, pages, tmp_path):
+def test_a_run_that_was_killed_goes_on_where_it_was(model, pages, tmp_path, monkeypatch):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     make(job(model, whole, "mixed"), pages, {})
     names = units(read_config(model))
@@ -218,11 +218,32 @@ def test_a_run_that_was_killed_goes_on_where_it_was(model, pages, tmp_path):
         make(job(model, cut, "int8"), pages, {})
     with pytest.raises(PagemillError, match="another model, other pages or other options"):
         make(job(model, cut, "mixed"), pages[:1], {})
+    partial = tmp_path / "cut.partial"
+    joined = making._join_wide
+
+    def join(folder, count):  # killed between two of the last deletions
+        joined(folder, count)
+        shutil.copy(folder / "model-00001-of-00005.safetensors", folder / "wide-003.safetensors")
+        raise Killed
+
+    monkeypatch.setattr(making, "_join_wide", join)
+    with pytest.raises(Killed):
+        make(job(model, cut, "mixed"), pages, {})
+    monkeypatch.setattr(making, "_join_wide", joined)
+    with pytest.raises(Killed):
+        make(
+            job(model, cut, "mixed"), pages, {}, complete=lambda folder, card: (_ for _ in ()).throw(Killed())
+        )
+    assert partial.exists()
+    assert not cut.exists()
     make(job(model, cut, "mixed"), pages, {}, lambda unit, done, total: started.append(unit))
     assert [unit for unit in started if unit != "the rest"] == [
         names[0], names[1], names[1], names[2], names[2], *names[3:],
     ]  # fmt: skip
     assert sorted(p.name for p in cut.iterdir()) == sorted(p.name for p in whole.iterdir())
+    assert {p.stat().st_mode & 0o777 for p in cut.iterdir()} == {
+        (whole / "config.json").stat().st_mode & 0o777
+    }
     for file in whole.glob("*.safetensors"):
         assert file.read_bytes() == (cut / file.name).read_bytes()
 
