@@ -72,7 +72,7 @@ def quantization_config(
     targets = {
         text: [r"re:.*layers\.\d+\.(self_attn|mlp)\.\w+_proj$"],
     }
-    targets.setdefault(vision, []).append(r"re:.*visual\.blocks\.\d+\.(attn|mlp)\.\w+$")
+    targets.setdefault(vision, []).append(r"re:.*visual\.blocks\.\d+\.(attn\.(qkv|proj)|mlp\.\w+_proj)$")
     groups = {
         f"group_{i}": {
             "targets": names,
