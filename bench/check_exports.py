@@ -4,9 +4,9 @@
 
 Needs transformers and compressed-tensors, in an environment of its own or beside pagemill. Every DIR is loaded by transformers
 with its compressed-tensors integration, and once more as plain weights that a decoder in this file makes of the tensors; both
-read the same tokens and patches of noise. Activations of 8 bits are rounded by transformers alone, and so the logits differ by some
-per cent; wrong scales or swapped nibbles make them differ by all. compressed-tensors 0.20 expects zero points of another shape than
-it writes and loads no asymmetric 4-bit checkpoint into transformers; 0.15 to 0.17 do.
+read the same tokens and patches of noise. Activations of 8 bits are rounded by transformers alone, and so the logits differ by
+some per cent; wrong scales or swapped nibbles make them differ by all. compressed-tensors 0.20 expects zero points of another
+shape than it writes and loads no asymmetric 4-bit checkpoint into transformers; 0.15 to 0.17 do.
 """
 
 from __future__ import annotations
