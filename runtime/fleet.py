@@ -374,10 +374,11 @@ class Fleet:
                 with self._lock:
                     _hang_up(worker)
                     worker.socket = worker.pipe = None
-                    worker.alive = worker.ready and not self._closed
+                    was_ready = worker.ready
+                    worker.alive = was_ready and not self._closed
                     worker.ready = False
-                try:
-                    process.wait(_SECONDS_TO_END)
+                try:  # one that is still loading has nothing to wind up, and may be long in hearing of it
+                    process.wait(_SECONDS_TO_END if was_ready else 0)
                 except subprocess.TimeoutExpired:
                     process.kill()
                     process.wait()
