@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from pagemill.decode.sampler import SamplingParams
     from pagemill.engine import Engine, Request
     from pagemill.errors import PagemillError
+    from pagemill.fleet import Fleet
     from pagemill.results import PageResult, RequestOutput
 
 __version__ = version("pagemill")
@@ -17,6 +18,7 @@ __version__ = version("pagemill")
 _HOMES = {
     "Engine": "engine",
     "EngineConfig": "config",
+    "Fleet": "fleet",
     "PageResult": "results",
     "PagemillError": "errors",
     "Regex": "decode.guidance",
@@ -27,6 +29,7 @@ _HOMES = {
 __all__ = [
     "Engine",
     "EngineConfig",
+    "Fleet",
     "PageResult",
     "PagemillError",
     "Regex",

@@ -237,7 +237,7 @@ class Engine:
 
     def read(
         self,
-        inputs: str | os.PathLike[str] | PageRef | SequenceOf[str | os.PathLike[str] | PageRef],
+        inputs: Inputs,
         *,
         params: SamplingParams | None = None,
         dpi: float | None = None,
@@ -259,8 +259,38 @@ class Engine:
         A file or page that cannot be read gives a result with status "error" and never stops the others. Leaving the iterator
         early cancels what is still running. Raises `ConfigError` or `RequestError`, at once, for options that cannot be meant.
         """
-        several = [inputs] if isinstance(inputs, str | os.PathLike | PageRef) else inputs
-        given = [i if isinstance(i, PageRef) else os.fspath(i) for i in several]
+        pages = find_pages(inputs, skip, self.model)
+        start, cancel = self.reading(
+            params=params, dpi=dpi, resolution=resolution, crop=crop, draft_text=draft_text, salt=salt
+        )
+
+        def tasks() -> Iterator[_Task[PageResult]]:
+            for page in pages:
+                yield partial(_deliver, page) if isinstance(page, PageResult) else partial(start, page)
+
+        def results() -> Iterator[PageResult]:
+            try:
+                yield from self._flow(tasks())
+            finally:
+                cancel()
+
+        return results()
+
+    def reading(
+        self,
+        *,
+        params: SamplingParams | None = None,
+        dpi: float | None = None,
+        resolution: Resolution = "auto",
+        crop: bool = False,
+        draft_text: Callable[[npt.NDArray[np.uint8]], str] | None = None,
+        salt: str = "",
+    ) -> tuple[Callable[[PageRef, Callable[[PageResult], None]], None], Callable[[], None]]:
+        """Begin what `read` does, for a caller who brings pages one by one: return `start(page, deliver)` and `cancel()`.
+
+        Every page started has its one result delivered, from a thread of the engine; cancelled ones as errors. How many
+        are started ahead is the caller's care. Arguments and errors are those of `read`.
+        """
         params, call = params or SamplingParams(), _Call()
         if params.guidance == "auto":
             params = replace(params, guidance="page" if self.profile.page_json else "off")
@@ -268,20 +298,10 @@ class Engine:
         fit = FitOptions(resolution, crop, self.profile.text_height)
         options = _PageOptions(params, dpi or self.dpi, fit, draft_text, salt)
 
-        def tasks() -> Iterator[_Task[PageResult]]:
-            for page in self._pages(given, skip):
-                if isinstance(page, PageResult):
-                    yield partial(_deliver, page)
-                else:
-                    yield partial(self._start, self._read_page, page, options, call)
+        def start(page: PageRef, deliver: Callable[[PageResult], None]) -> None:
+            self._start(self._read_page, page, options, call, deliver)
 
-        def results() -> Iterator[PageResult]:
-            try:
-                yield from self._flow(tasks())
-            finally:
-                self._cancel(call)
-
-        return results()
+        return start, partial(self._cancel, call)
 
     def generate(
         self, requests: SequenceOf[Request], params: SamplingParams | None = None
@@ -473,39 +493,6 @@ class Engine:
         if call.cancelled or self._closed:
             raise RequestError("cancelled" if call.cancelled else "the engine is closed")
 
-    def _pages(
-        self, inputs: list[str | PageRef], skip: Container[tuple[str, int]]
-    ) -> Iterator[PageRef | PageResult]:
-        for given in inputs:
-            if isinstance(given, PageRef):
-                if (given.source, given.page) not in skip:
-                    yield given
-                continue
-            try:
-                sources = expand_inputs([given])
-            except PagemillError as error:
-                if (given, 1) not in skip:
-                    yield self._failed_page(given, 1, str(error))
-                continue
-            for source in sources:
-                page = 1
-                try:
-                    for ref in list_pages(source):
-                        page = ref.page + 1
-                        if (ref.source, ref.page) not in skip:
-                            yield ref
-                except PagemillError as error:
-                    if (source, page) not in skip:
-                        yield self._failed_page(source, page, str(error))
-
-    def _failed_page(self, source: str, page: int, error: str, prepare: float = 0.0) -> PageResult:
-        if source not in error:  # every sentence says where
-            error = f"{source} page {page}: {error}"
-        seconds = Seconds(prepare=prepare)
-        return PageResult(
-            source, page, "error", finish_reason="error", seconds=seconds, model=self.model, error=error
-        )
-
     def _read_page(
         self,
         ref: PageRef,
@@ -527,7 +514,7 @@ class Engine:
 
         def on_end(seq: Sequence | None, error: str | None) -> None:
             if seq is None or error is not None or seq.finish_reason == "cancelled":
-                finish(self._failed_page(ref.source, ref.page, error or "cancelled", prepare))
+                finish(failed_page(ref.source, ref.page, error or "cancelled", self.model, prepare))
             else:
                 finish(self._page_result(ref, seq, prepare))
 
@@ -846,6 +833,53 @@ class Engine:
                 on_token(seq)
         for seq in finished:
             self._end(seq, None)
+
+
+Inputs = str | os.PathLike[str] | PageRef | SequenceOf[str | os.PathLike[str] | PageRef]
+"""What `Engine.read` takes: image files, PDFs, folders, globs and single pages."""
+
+
+def find_pages(
+    inputs: Inputs, skip: Container[tuple[str, int]], model: str
+) -> Iterator[PageRef | PageResult]:
+    """Yield the pages of `inputs` that are not in `skip`, lazily; a failed result for what cannot be listed."""
+    several = [inputs] if isinstance(inputs, str | os.PathLike | PageRef) else inputs
+    given = [i if isinstance(i, PageRef) else os.fspath(i) for i in several]
+    return _find_pages(given, skip, model)
+
+
+def _find_pages(
+    inputs: list[str | PageRef], skip: Container[tuple[str, int]], model: str
+) -> Iterator[PageRef | PageResult]:
+    for given in inputs:
+        if isinstance(given, PageRef):
+            if (given.source, given.page) not in skip:
+                yield given
+            continue
+        try:
+            sources = expand_inputs([given])
+        except PagemillError as error:
+            if (given, 1) not in skip:
+                yield failed_page(given, 1, str(error), model)
+            continue
+        for source in sources:
+            page = 1
+            try:
+                for ref in list_pages(source):
+                    page = ref.page + 1
+                    if (ref.source, ref.page) not in skip:
+                        yield ref
+            except PagemillError as error:
+                if (source, page) not in skip:
+                    yield failed_page(source, page, str(error), model)
+
+
+def failed_page(source: str, page: int, error: str, model: str, prepare: float = 0.0) -> PageResult:
+    """Return the record of a page that could not be read, and why; `prepare` is the seconds spent on it."""
+    if source not in error:  # every sentence says where
+        error = f"{source} page {page}: {error}"
+    seconds = Seconds(prepare=prepare)
+    return PageResult(source, page, "error", finish_reason="error", seconds=seconds, model=model, error=error)
 
 
 def _deliver(result: T, deliver: Callable[[T], None]) -> None:

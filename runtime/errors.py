@@ -34,6 +34,10 @@ class KernelUnavailable(PagemillError):
     """No implementation of a kernel takes what was asked; lists what was tried."""
 
 
+class DeviceError(PagemillError):
+    """A device's engine has ended, or cannot go on; names the device and how it ended."""
+
+
 class OutputError(PagemillError):
     """Results cannot be written where they were asked for; names the file and what is safe so far."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
 _LEVELS = ("max_num_seqs", "num_blocks", "kv_peak_blocks")
@@ -86,3 +87,11 @@ class EngineStats:
         """Return what was counted after `earlier`; the peak and the sizes are this one's own."""
         names = [f.name for f in fields(self) if f.name not in _LEVELS]
         return replace(self, **{name: getattr(self, name) - getattr(earlier, name) for name in names})
+
+
+def total(parts: Sequence[EngineStats]) -> EngineStats:
+    """Add up the counters of several engines. Sizes and peak are the largest of one engine, so that the shares stay shares."""
+    combine = {f.name: max if f.name in _LEVELS else sum for f in fields(EngineStats)}
+    return EngineStats(
+        **{name: how([getattr(s, name) for s in parts] or [0]) for name, how in combine.items()}
+    )

@@ -19,6 +19,7 @@ from pagemill.errors import ConfigError, PagemillError, printable
 if TYPE_CHECKING:
     from pagemill.decode.guidance import Regex
     from pagemill.engine import Engine
+    from pagemill.fleet import Fleet
 
 EXIT_PAGE_FAILED = 1
 EXIT_USAGE = 2
@@ -53,6 +54,14 @@ ModelOption = Annotated[
     ),
 ]
 DeviceOption = Annotated[Device, typer.Option("--device", help="Where the model runs.")]
+DevicesOption = Annotated[
+    str | None,
+    typer.Option(
+        "--devices",
+        metavar="LIST",
+        help="Several devices, as in cuda:0,cuda:1: each loads the model in a process of its own, and reads pages as it is free.",
+    ),
+]
 DTypeOption = Annotated[
     DType,
     typer.Option("--dtype", help="Arithmetic; auto is what the checkpoint is stored in."),
@@ -149,8 +158,28 @@ def load_engine(
     kv_cache_dtype: KvCacheDType = "auto",
 ) -> Engine:
     """Load a model with the options that most commands have."""
+    options = engine_options(dtype, quantize, weight_cache, concurrency, kv_cache_gb, kv_cache_dtype)
+    return make_engine(model, device=device, **options)
+
+
+def load_fleet(model: str, devices: str, dtype: DType, **options: Any) -> Fleet:
+    """Load a model on each of `devices`, names with commas between; `options` are those of `engine_options`."""
+    from pagemill.fleet import Fleet
+
+    names = [name.strip() for name in devices.split(",")]
+    return Fleet.from_pretrained(model, devices=names, **engine_options(dtype, **options))
+
+
+def engine_options(
+    dtype: DType,
+    quantize: str = "none",
+    weight_cache: str = "auto",
+    concurrency: int | None = None,
+    kv_cache_gb: float | None = None,
+    kv_cache_dtype: KvCacheDType = "auto",
+) -> dict[str, Any]:
+    """Return what the options of a command are called in `EngineConfig`."""
     options: dict[str, Any] = {
-        "device": device,
         "dtype": dtype,
         "quantize": quantize,
         "weight_cache": weight_cache,
@@ -160,7 +189,7 @@ def load_engine(
         options["max_num_seqs"] = concurrency
     if kv_cache_gb is not None:
         options["kv_cache_bytes"] = int(kv_cache_gb * 1e9)
-    return make_engine(model, **options)
+    return options
 
 
 def make_engine(model: str, **options: Any) -> Engine:

@@ -18,6 +18,7 @@ from pagemill.cli.common import (
     EXIT_PAGE_FAILED,
     DebugOption,
     DeviceOption,
+    DevicesOption,
     DTypeOption,
     KvCacheDTypeOption,
     KvCacheOption,
@@ -27,6 +28,7 @@ from pagemill.cli.common import (
     WeightCacheOption,
     app,
     load_engine,
+    load_fleet,
     loading,
     not_nan,
     read_guidance,
@@ -35,9 +37,11 @@ from pagemill.cli.common import (
     sentences,
     stderr,
 )
-from pagemill.errors import printable
+from pagemill.errors import ConfigError, DeviceError, printable
 
 if TYPE_CHECKING:
+    from pagemill.engine import Engine
+    from pagemill.fleet import Fleet
     from pagemill.jobs import Output
 
 _LONGEST_COMMAND = 500  # characters that are still worth repeating
@@ -110,11 +114,14 @@ def read(
         typer.Option("--drafts", help="Verify several guessed tokens at a time; the output is the same."),
     ] = "auto",
     device: DeviceOption = "cpu",
+    devices: DevicesOption = None,
     dtype: DTypeOption = "auto",
     quantize: QuantizeOption = "none",
     concurrency: Annotated[
         int | None,
-        typer.Option("--concurrency", min=1, max=4096, metavar="N", help="Pages in the model at a time."),
+        typer.Option(
+            "--concurrency", min=1, max=4096, metavar="N", help="Pages in a device's model at a time."
+        ),
     ] = None,
     kv_cache_gb: KvCacheOption = None,
     kv_cache_dtype: KvCacheDTypeOption = "auto",
@@ -140,10 +147,14 @@ def read(
 
         pagemill read "inbox/*.pdf" -o inbox.md --model ./checkpoint
 
+        pagemill read scans/ -o pages.jsonl --devices cuda:0,cuda:1
+
         pagemill read book.pdf --format txt | less
     """
     with sentences(debug):
         conforming = read_guidance(guidance)
+        if devices is not None and device != "cpu":
+            raise ConfigError("--device and --devices exclude each other.")
         # Here and below: what is slow to import waits until it is needed, so that --help is instant.
         from pagemill.jobs import list_inputs, open_output, run
         from pagemill.jobs.progress import ProgressReport, summary
@@ -160,17 +171,19 @@ def read(
                 say(printable(target.note))
             to_terminal = not target.resumable and sys.stdout.isatty()
             live = stderr.is_terminal and not quiet and not to_terminal
+            options: dict[str, Any] = {
+                "quantize": quantize,
+                "weight_cache": weight_cache,
+                "concurrency": concurrency,
+                "kv_cache_gb": kv_cache_gb,
+                "kv_cache_dtype": kv_cache_dtype,
+            }
+            engine: Engine | Fleet
             with loading(model) if live else nullcontext():
-                engine = load_engine(
-                    model,
-                    device,
-                    dtype,
-                    quantize=quantize,
-                    weight_cache=weight_cache,
-                    concurrency=concurrency,
-                    kv_cache_gb=kv_cache_gb,
-                    kv_cache_dtype=kv_cache_dtype,
-                )
+                if devices is None:
+                    engine = load_engine(model, device, dtype, **options)
+                else:
+                    engine = load_fleet(model, devices, dtype, **options)
             with engine:
                 from pagemill.decode.sampler import SamplingParams
 
@@ -194,7 +207,7 @@ def read(
                             resolution=resolution if resolution in ("auto", "full") else int(resolution),
                             crop=crop,
                         )
-                except KeyboardInterrupt:
+                except (KeyboardInterrupt, DeviceError):
                     say(_how_to_resume(target, sys.argv[1:]))
                     raise
             if not quiet:
