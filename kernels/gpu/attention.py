@@ -9,8 +9,8 @@ that its key's scores and its value's weight are multiplied by. Online softmax (
 Paged: a program takes `tokens` query tokens of one sequence and one kv head, with the query heads of its group as
 rows of the same tile (Ainslie et al., 2023), so that decoding fills the tensor cores' 16 rows and reads every key
 once. The grid is known without looking at the lengths: sequence s begins at tile `query_start[s] // tokens + s`.
-Split-KV (Flash-Decoding: Dao et al., 2023): the third grid axis cuts the keys into ranges, whose partial results
-`_merge` joins by their log-sum-exp.
+Split-KV (Flash-Decoding: Dao et al., 2023): the third grid axis cuts each sequence's own keys into as many ranges, whose partial
+results `merge_kernel` joins by their log-sum-exp. The number of ranges is the launch's, their size is found on the device.
 
 Packed: head_dim 80, which is no power of two, is computed as 64 + 16 columns; padding it to 128 would waste more than
 a third of the products.
@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["Tile", "paged_attention", "varlen_attention"]
+__all__ = ["Tile", "paged_attention", "splits_for", "varlen_attention"]
 
 _LOG2E = 1.4426950408889634
 
@@ -93,7 +93,7 @@ def _paged_tiles(
 @triton.jit
 def paged_kernel(
     q, k_cache, v_cache, k_scale, v_scale, out, partial, partial_lse, block_tables, query_start, context_lens,
-    scale, num_seqs, num_tokens, q_token, q_head, out_token, table_row, keys_per_split,
+    scale, num_seqs, num_tokens, q_token, q_head, out_token, table_row,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, TILE_M: tl.constexpr,
     TILE_N: tl.constexpr, SPLIT: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -119,6 +119,7 @@ def paged_kernel(
     last = tl.minimum(context, seen_by_all + TOKENS - 1)
     first = 0
     if SPLIT:
+        keys_per_split = tl.cdiv(tl.cdiv(context, tl.num_programs(2)), TILE_N) * TILE_N
         first = tl.program_id(2) * keys_per_split
         last = tl.minimum(last, first + keys_per_split)
     full = tl.maximum(first, tl.minimum(last, seen_by_all) // TILE_N * TILE_N)
@@ -248,6 +249,13 @@ def _precision(dtype: torch.dtype) -> str:
     return "ieee" if dtype == torch.float32 else "tf32"
 
 
+def splits_for(programs: int, longest: int, processors: int, keys: int) -> int:
+    """Ranges of keys for a launch of `programs` without them: enough for two programs on each of the GPU's multiprocessors, but
+    with at least four tiles of `keys` in a range of the `longest` context, and at most 32."""
+    wanted = 2 * processors // max(programs, 1)
+    return max(1, min(wanted, longest // (4 * keys), 32))
+
+
 def paged_attention(
     q: Tensor,
     k_cache: Tensor,
@@ -264,7 +272,8 @@ def paged_attention(
 ) -> Tensor:
     """`pagemill.kernels.attention.paged_attention_reference` for head_dim 16, 32, 64, 128 or 256; lengths are not checked.
 
-    `num_splits` > 1 cuts every context into at most so many ranges of equal size: for batches too small to fill the GPU.
+    `num_splits` > 1 cuts every context into at most so many ranges of equal size: for batches too small to fill the GPU
+    (`splits_for`).
     """
     tokens, heads, d = q.shape
     _, kv_heads, block_size, _ = k_cache.shape
@@ -275,18 +284,15 @@ def paged_attention(
         return out
     per_tile = tile.rows // group
     partial = lse = out
-    keys_per_split = 0
+    num_splits = min(num_splits, max(1, triton.cdiv(block_tables.shape[1] * block_size, tile.keys)))
     if num_splits > 1:
-        longest = block_tables.shape[1] * block_size
-        keys_per_split = triton.cdiv(triton.cdiv(longest, num_splits), tile.keys) * tile.keys
-        num_splits = triton.cdiv(longest, keys_per_split)
         partial = torch.empty(num_splits, tokens, heads, d, dtype=torch.float32, device=q.device)
         lse = torch.empty(num_splits, tokens, heads, dtype=torch.float32, device=q.device)
     split = num_splits > 1
     paged_kernel[(tokens // per_tile + sequences, kv_heads, num_splits)](
         q, k_cache, v_cache, k_scale if k_scale is not None else out, v_scale if v_scale is not None else out,
         out, partial, lse, block_tables, query_start, context_lens,
-        scale * _LOG2E, sequences, tokens, q.stride(0), q.stride(1), out.stride(0), block_tables.stride(0), keys_per_split,
+        scale * _LOG2E, sequences, tokens, q.stride(0), q.stride(1), out.stride(0), block_tables.stride(0),
         KV_HEADS=kv_heads, GROUP=group, D=d, BLOCK=block_size, TILE_M=tile.rows, TILE_N=tile.keys, SPLIT=split,
         SCALED=k_scale is not None, PRECISION=_precision(q.dtype), num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -135,6 +135,12 @@ def _add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Te
     return norm.rms_norm(x, weight, eps, residual)
 
 
+@lru_cache
+def _processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; 1 for the interpreter, which runs one program at a time."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
 def _paged_attention(
     q: Tensor,
     k_cache: Tensor,
@@ -148,9 +154,13 @@ def _paged_attention(
 ) -> Tensor:
     decoding = len(q) == len(context_lens)
     tile = attention.Tile(16, 64, 4, 3) if decoding else attention.Tile(128, 64, 8, 3)
+    kv_heads, block_size = k_cache.shape[1:3]
+    programs = (len(q) * (q.shape[1] // kv_heads) // tile.rows + len(context_lens)) * kv_heads
+    longest = block_tables.shape[1] * block_size
+    splits = attention.splits_for(programs, longest, _processors(q.device), tile.keys)
     return attention.paged_attention(
         q, k_cache, v_cache, block_tables, query_start, context_lens, scale, k_scale=k_scale, v_scale=v_scale,
-        tile=tile, num_splits=1,
+        tile=tile, num_splits=splits,
     )  # fmt: skip
 
 
