@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -33,6 +35,23 @@ class Model:
     """Where the packed weights came from, and whether they are kept."""
     mapped_bytes: int = 0
     """Bytes of the file that backs them: memory that the system counts as free, but that the model needs."""
+    unchecked: tuple[Future[bool], Callable[[], Model]] | None = None
+    """The check of the mapped file, while it may still run, and what makes the model again if it fails."""
+
+    def settle(self) -> None:
+        """Wait until the mapped weights are known to be whole; if they are not, put new ones in their place.
+
+        To be called before anything computes with a model that was loaded with `check_beside`. Raises what packing raises, and
+        then again at the next call.
+        """
+        if self.unchecked is None:
+            return
+        check, again = self.unchecked
+        if not check.result():
+            new = again()
+            self.vision, self.decoder = new.vision, new.decoder
+            self.weights, self.mapped_bytes = new.weights, new.mapped_bytes
+        self.unchecked = None
 
 
 @dataclass(frozen=True)
@@ -112,10 +131,12 @@ def load_model(
     *,
     quantize: str = "none",
     weight_cache: WeightCache = "off",
+    check_beside: bool = False,
 ) -> Model:
     """Read a folder's weights into a model, each tensor once, or map the packed form that an earlier start wrote.
 
-    Peak memory is the packed weights plus one matrix. `quantize` and `weight_cache` are those of `EngineConfig`.
+    Peak memory is the packed weights plus one matrix. `quantize` and `weight_cache` are those of `EngineConfig`. With
+    `check_beside`, mapped weights are checked in a thread that `Model.settle` waits for; else before this returns.
     """
     schemes = _SCHEMES[quantize]
     checkpoint = Checkpoint(folder, config)
@@ -123,10 +144,21 @@ def load_model(
         path = None
         if packed.is_wanted(weight_cache, checkpoint, device):
             path = packed.entry(checkpoint, config, kernels, dtype, quantize)
-        weights = packed.PackedWeights(checkpoint, path)
+        weights = packed.PackedWeights(checkpoint, path, check_beside)
         vision = VisionTower(config.vision, weights, kernels, device, dtype, schemes.vision)
         decoder = Decoder(config.text, weights, kernels, device, dtype, schemes.text, schemes.vocabulary)
         weights.keep()
     finally:
         checkpoint.close()
-    return Model(config, vision, decoder, weights.note, weights.mapped_bytes)
+    model = Model(config, vision, decoder, weights.note, weights.mapped_bytes)
+
+    def again() -> Model:
+        if path is not None:
+            packed.refuse(path)
+        return load_model(
+            folder, config, kernels, device, dtype, quantize=quantize, weight_cache=weight_cache
+        )
+
+    if weights.check is not None:
+        model.unchecked = weights.check, again
+    return model
