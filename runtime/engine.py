@@ -218,6 +218,7 @@ class Engine:
             dtype,
             quantize=config.quantize,
             weight_cache=config.weight_cache,
+            check_beside=True,
         )
         page_format = PageFormat(
             profile.keys,

@@ -106,6 +106,7 @@ class Runner:
         """Run one step. Returns logits float32 `[R, V]`: for each of `plan.wanting()` a row after its last token, and one
         after each token of its draft.
         """
+        self.model.settle()
         begun = self.clock.mark()
         self._encode(plan.encode)
         encoded = self.clock.mark()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -36,6 +38,23 @@ class Model:
     """Bytes of the file that backs them: memory that the system counts as free, but that the model needs."""
     checkpoint: str = "plain"
     """What the checkpoint holds: the method, and the form of each part's weights."""
+    unchecked: tuple[Future[bool], Callable[[], Model]] | None = None
+    """The check of the mapped file, while it may still run, and what makes the model again if it fails."""
+
+    def settle(self) -> None:
+        """Wait until the mapped weights are known to be whole; if they are not, put new ones in their place.
+
+        To be called before anything computes with a model that was loaded with `check_beside`. Raises what packing raises, and
+        then again at the next call.
+        """
+        if self.unchecked is None:
+            return
+        check, again = self.unchecked
+        if not check.result():
+            new = again()
+            self.vision, self.decoder = new.vision, new.decoder
+            self.weights, self.mapped_bytes = new.weights, new.mapped_bytes
+        self.unchecked = None
 
 
 @dataclass(frozen=True)
@@ -115,10 +134,12 @@ def load_model(
     *,
     quantize: str = "none",
     weight_cache: WeightCache = "off",
+    check_beside: bool = False,
 ) -> Model:
     """Read a folder's weights into a model, each tensor once, or map the packed form that an earlier start wrote.
 
-    Peak memory is the packed weights plus one matrix. `quantize` and `weight_cache` are those of `EngineConfig`.
+    Peak memory is the packed weights plus one matrix. `quantize` and `weight_cache` are those of `EngineConfig`. With
+    `check_beside`, mapped weights are checked in a thread that `Model.settle` waits for; else before this returns.
     """
     schemes = _SCHEMES[quantize]
     checkpoint = Checkpoint(folder, config)
@@ -127,7 +148,7 @@ def load_model(
         if packed.is_wanted(weight_cache, checkpoint, device):
             stored = f"{quantize} {checkpoint.quantization!r}" if checkpoint.quantization else quantize
             path = packed.entry(checkpoint, config, kernels, dtype, stored)
-        weights = packed.PackedWeights(checkpoint, path)
+        weights = packed.PackedWeights(checkpoint, path, check_beside)
         vision = VisionTower(config.vision, weights, kernels, device, dtype, schemes.vision)
         decoder = Decoder(config.text, weights, kernels, device, dtype, schemes.text, schemes.vocabulary)
         weights.keep()
@@ -137,4 +158,15 @@ def load_model(
     stored = what_is_stored(checkpoint)
     if checkpoint.quantization is not None:
         stored += f"; the decoder runs in {what_runs(decoder_linears)}"
-    return Model(config, vision, decoder, weights.note, weights.mapped_bytes, stored)
+    model = Model(config, vision, decoder, weights.note, weights.mapped_bytes, stored)
+
+    def again() -> Model:
+        if path is not None:
+            packed.refuse(path)
+        return load_model(
+            folder, config, kernels, device, dtype, quantize=quantize, weight_cache=weight_cache
+        )
+
+    if weights.check is not None:
+        model.unchecked = weights.check, again
+    return model

@@ -6,8 +6,11 @@ processes at once do the work twice. Mapped pages belong to the system's page ca
 and read again when memory is short.
 
 The file is in the safetensors format, tensors aligned to 64 bytes. Its last tensors are a checksum of every block of data,
-and a digest of the header and these checksums; all of it is verified when the file is opened, at the speed of memory. That is a
-guard against decay, not against somebody who can write into the cache folder: it should belong to the user alone.
+and a digest of the header and these checksums. Header and digest are verified when the file is opened; the data is summed at the
+speed of memory, without the interpreter lock, beside whatever else a start has to do, and nothing computes before it is found whole
+(`PackedWeights.check`). That is a guard against decay, not against somebody who can write into the cache folder: it should belong
+to the user alone. Nothing here ever shortens a file or writes to one in place, and files are made read-only; somebody who truncates
+a mapped one all the same ends its processes with SIGBUS, as with every mapped file.
 """
 
 from __future__ import annotations
@@ -22,15 +25,17 @@ import os
 import shutil
 import struct
 import tempfile
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar, cast, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -72,6 +77,9 @@ _FRESH_S = 10.0  # a file that is being written gets its lock within this time
 
 class _Damaged(PagemillError):
     """A file of packed weights is not what was written; says why."""
+
+
+_CHANGED = "its data changed"
 
 
 class _NoRoom(PagemillError):
@@ -152,10 +160,13 @@ class PackedWeights:
     """What a model is built from: each item is taken from the file of an earlier start, or else packed now.
 
     `path` is None where no file is wanted. A file that cannot be used is deleted with a warning, and written anew by `keep`.
+    With `check_beside`, a file's data is checked in a thread, and `check` tells the end of it.
     """
 
-    def __init__(self, checkpoint: Checkpoint, path: Path | None) -> None:
+    def __init__(self, checkpoint: Checkpoint, path: Path | None, check_beside: bool = False) -> None:
         self.checkpoint, self.path = checkpoint, path
+        self.check: Future[bool] | None = None
+        """Whether the mapped data is what was written, for who asked for a check beside; until then it may be anything."""
         self.mapped_bytes = 0
         """Of the file, when it is in use."""
         self.note = "packed at start"
@@ -165,16 +176,17 @@ class PackedWeights:
         if path is None:
             return
         try:
-            self._stored = load(path)
+            self._stored, is_whole = _open_file(path)
+            if check_beside:
+                self.check = Future()
+                threading.Thread(target=_settle, args=(self.check, is_whole), name="pagemill-check").start()
+            elif not is_whole():
+                raise _Damaged(_CHANGED)
         except (FileNotFoundError, NotADirectoryError):
             return
         except (_Damaged, OSError) as error:
-            warnings.warn(
-                f"packed weights {path} cannot be used ({sentence(error)}): packing again", stacklevel=2
-            )
-            if isinstance(error, _Damaged):
-                with suppress(OSError):
-                    path.unlink()
+            self._stored = {}
+            refuse(path, error)
             return
         self.mapped_bytes = sum(
             tensor.nbytes
@@ -213,6 +225,22 @@ class PackedWeights:
                 f"packed weights are not kept ({sentence(error)}); set PAGEMILL_CACHE_DIR, or weight_cache to off",
                 stacklevel=2,
             )
+
+
+def refuse(path: Path, error: Exception | None = None) -> None:
+    """Warn that a file cannot be used, and delete it if it is damaged; without an error, its data changed."""
+    error = error or _Damaged(_CHANGED)
+    warnings.warn(f"packed weights {path} cannot be used ({sentence(error)}): packing again", stacklevel=3)
+    if isinstance(error, _Damaged):
+        with suppress(OSError):
+            path.unlink()
+
+
+def _settle(check: Future[bool], is_whole: Callable[[], bool]) -> None:
+    try:
+        check.set_result(is_whole())
+    except BaseException as error:  # whoever waits must hear of it
+        check.set_exception(error)
 
 
 def is_wanted(weight_cache: str, checkpoint: Checkpoint, device: torch.device) -> bool:
@@ -259,6 +287,7 @@ def save(path: Path, items: Mapping[str, Item]) -> None:
         _write(fd, _bytes(sums).numpy().data)
         _write(fd, bytes(-sums.nbytes % _ALIGN))
         _write(fd, _seal(header, sums))
+        os.fchmod(fd, 0o400)  # nobody shortens by mistake what others have mapped
         os.fsync(fd)
         os.replace(part, path)
     except BaseException:
@@ -279,16 +308,23 @@ def load(path: Path) -> dict[str, Item]:
 
     Everything is checked first. Raises `_Damaged` for what is not a whole file of this format, OSError if it cannot be read.
     """
-    fd = os.open(path, os.O_RDONLY)
-    try:
+    items, is_whole = _open_file(path)
+    if not is_whole():
+        raise _Damaged(_CHANGED)
+    return items
+
+
+def _open_file(path: Path) -> tuple[dict[str, Item], Callable[[], bool]]:
+    """Return a file's items, see `load`, of a whole header; whether their data is whole, too, is to be asked, once."""
+    with open(path, "rb", buffering=0) as file:
+        fd = file.fileno()
         size = os.fstat(fd).st_size
         prefix = os.pread(fd, 8, 0)
         length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
         if not 2 <= length <= min(_LARGEST_HEADER, size - 8) or (8 + length) % _PAGE:
             raise _Damaged("it is truncated or no such file")
         header = os.pread(fd, length, 8)
-        whole = _map(fd, size)
-        data = whole[8 + length :]
+        data = _map(fd, size)[8 + length :]
         try:
             tensors, described = _open(header, data)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
@@ -296,19 +332,24 @@ def load(path: Path) -> dict[str, Item]:
         sums, digest = tensors.pop(_SUMS), tensors.pop(_DIGEST)
         if _seal(header, sums) != bytes(digest.tolist()):
             raise _Damaged("its header or its checksums changed")
-        covered = sums.data_ptr() - data.data_ptr()
-        if not torch.equal(_block_sums(data[:covered], fd, 8 + length), sums):
-            raise _Damaged("its data changed")
-    finally:
-        os.close(fd)
+        kept = os.dup(fd)  # of this very file, whatever has its name by then
+    covered = sums.data_ptr() - data.data_ptr()
+
+    def is_whole() -> bool:
+        try:
+            return torch.equal(_block_sums(data[:covered], kept, 8 + length), sums)
+        finally:
+            os.close(kept)
+
     items: dict[str, Item] = {}
     known = {field.name for field in fields(PackedLinear)}
     for name, scalars in described.items():
         values = scalars | {f: tensors.pop(f"{name}.{f}") for f in known if f"{name}.{f}" in tensors}
         if values.keys() != known:
+            os.close(kept)
             raise _Damaged(f"{name} has the fields {', '.join(sorted(values))}")
         items[name] = PackedLinear(**values)
-    return items | tensors
+    return items | tensors, is_whole
 
 
 def _header(tensors: Mapping[str, Tensor], described: Mapping[str, Any]) -> tuple[bytes, int]:
@@ -392,24 +433,27 @@ def _map(fd: int, size: int, start: int = 0) -> Tensor:
 def _block_sums(data: Tensor, fd: int, start: int) -> Tensor:
     """Return the sum of the 64-bit words of every block, modulo 2**64; `data` is what `fd` holds from `start` on.
 
-    Reading it all also brings it into memory in the order of the disk, and into this process's page tables.
+    Reading it all also brings it into memory in the order of the disk, and into this process's page tables. A piece is one call of
+    numpy's, which holds no interpreter lock and starts no threads.
     """
-    words = data.view(torch.int64)
-    per_block = _BLOCK // 8
-    sums = torch.empty(-(-len(words) // per_block), dtype=torch.int64)
+    words = data.view(torch.int64).numpy()
+    per_block, per_piece = _BLOCK // 8, _PIECE // 8
+    sums = np.empty(-(-len(words) // per_block), dtype=np.int64)
 
     def run(first: int) -> None:
-        last = min(first + _PIECE // _BLOCK, len(sums))
-        if first < last:
-            ahead = start + (first * _BLOCK + 2 * _PIECE)
-            with suppress(OSError):
-                os.posix_fadvise(fd, ahead, _PIECE, os.POSIX_FADV_WILLNEED)
-        for block in range(first, last):
-            sums[block] = words[block * per_block : (block + 1) * per_block].sum()
+        ahead = start + 8 * first + 2 * _PIECE
+        with suppress(OSError):
+            os.posix_fadvise(fd, ahead, _PIECE, os.POSIX_FADV_WILLNEED)
+        piece = words[first : first + per_piece]
+        whole, at = len(piece) // per_block, first // per_block
+        blocks = piece[: whole * per_block].reshape(whole, per_block)
+        np.add.reduce(blocks, axis=1, out=sums[at : at + whole])
+        if whole * per_block < len(piece):
+            sums[at + whole] = np.add.reduce(piece[whole * per_block :])
 
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-        list(pool.map(run, range(0, len(sums), _PIECE // _BLOCK)))
-    return sums
+        list(pool.map(run, range(0, len(words), per_piece)))
+    return torch.from_numpy(sums)
 
 
 def _make_room(folder: Path, size: int) -> None:

@@ -13,13 +13,14 @@ import time
 import warnings
 from collections import namedtuple
 
+import numpy as np
 import pytest
 import torch
 from make_checkpoint import PRESETS, write_checkpoint
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from pagemill import Engine, kernels
+from pagemill import Engine, Request, SamplingParams, kernels
 from pagemill.config import EngineConfig
 from pagemill.errors import ConfigError, PagemillError
 from pagemill.model import packed
@@ -618,3 +619,37 @@ def test_an_engine_says_where_its_weights_came_from(folder, monkeypatch):
     assert kv == [int(0.3 * (1 << 30)), int(0.3 * ((1 << 30) - mapped))]
     with Engine.from_pretrained("pagemill-tiny") as engine:
         assert engine.describe()["weights"] == "packed at start"
+
+
+def test_an_engine_reads_no_page_from_damaged_weights(folder, monkeypatch):
+    """The check runs beside the start: a page waits for it, and is read from weights that are packed again."""
+    page = np.random.default_rng(0).integers(0, 256, (112, 112, 3), dtype=np.uint8)
+
+    def read():
+        with Engine.from_pretrained("pagemill-tiny", weight_cache="on", dtype="float32") as engine:
+            prompt = engine.page_prompt
+            (output,) = engine.generate([Request(prompt, [page])], SamplingParams(max_new_tokens=8))
+            return output, engine.describe()["weights"]
+
+    expected, _ = read()
+    (entry,) = entries(folder)
+    good = entry.read_bytes()
+    entry.unlink()
+    bad = bytearray(good)
+    bad[65536 : len(bad) - 4096 : 4099] = bytes(len(range(65536, len(bad) - 4096, 4099)))
+    entry.write_bytes(bad)
+    sums = packed._block_sums
+
+    def late(*args):
+        time.sleep(0.3)  # longer than the rest of the start and the page's preparation take
+        return sums(*args)
+
+    monkeypatch.setattr(packed, "_block_sums", late)
+    with pytest.warns(UserWarning, match="cannot be used .its data changed.: packing again"):
+        output, weights = read()
+    assert output.token_ids == expected.token_ids
+    assert weights == f"packed at start, kept in {entry}"
+    assert entry.read_bytes() == good
+    output, weights = read()
+    assert output.token_ids == expected.token_ids
+    assert weights == f"mapped from {entry}"
