@@ -103,9 +103,9 @@ def linear_cases(ops: Ops, forms: list[str], groups: list[str]) -> Iterator[Case
 
 
 def attention_cases(ops: Ops, groups: list[str]) -> Iterator[Case]:
-    def case(group: str, name: str, work: Work, aim: float) -> Iterator[Case]:
+    def case(group: str, name: str, work: Work, aim: float, form: str = "bf16") -> Iterator[Case]:
         if group in groups:
-            yield Case(group, name, "bf16", work, torch.bfloat16, aim)
+            yield Case(group, name, form, work, torch.bfloat16, aim)
 
     yield from case("prefill", "1 x 1024 tokens", ops.paged_attention(SHAPE, 1, 1024, 1024), 0.5)
     yield from case("vision", "60 windows of 64 patches", ops.varlen_attention(SHAPE, 60, 64), 0.5)
@@ -115,6 +115,8 @@ def attention_cases(ops: Ops, groups: list[str]) -> Iterator[Case]:
         copies = math.ceil(_CACHE_BYTES / (4 * sequences * context * SHAPE.kv_heads * SHAPE.head_dim))
         work = ops.paged_attention(SHAPE, sequences, 1, context, copies=copies)
         yield from case("decode", f"{sequences} x {context} tokens", work, 0.8)
+        work = ops.paged_attention(SHAPE, sequences, 1, context, copies=2 * copies, int8=True)
+        yield from case("decode", f"{sequences} x {context} tokens", work, 0.8, "KV int8")
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pagemill.kernels import Kernels, PackedLinear, Scheme, kv_cache_shapes
+from pagemill.kernels import Kernels, PackedLinear, Scheme, kv_cache_shapes, kv_scale_shape
 from pagemill.model.config import read_config
 from pagemill.model.loader import find_checkpoint
 
@@ -205,21 +205,27 @@ class Ops:
         return tables[0].long()[position // _BLOCK] * _BLOCK + position % _BLOCK
 
     def paged_attention(
-        self, shape: Shape, sequences: int, rows: int, context: int, *, copies: int = 1
+        self, shape: Shape, sequences: int, rows: int, context: int, *, copies: int = 1, int8: bool = False
     ) -> Work:
-        """The last `rows` tokens of every sequence; calls take turns with `copies` of the batch's cache."""
+        """The last `rows` tokens of every sequence; calls take turns with `copies` of the batch's cache, which may be `int8`."""
         k, v, tables = self.cache(shape, sequences * copies, context)
+        scales: list[Tensor] = []
+        size = self.dtype.itemsize * shape.head_dim
+        if int8:
+            k, v = (t.mul(20).round().clamp(-127, 127).to(torch.int8) for t in (k, v))
+            scales = [torch.full(kv_scale_shape(len(k), shape.kv_heads, _BLOCK), 0.05) for _ in range(2)]
+            size = shape.head_dim + 4
         turns = cycle(tables.view(copies, sequences, -1).unbind())
         q = self.tensor(sequences * rows, shape.heads, shape.head_dim)
         starts = self.ints(np.arange(sequences + 1) * rows)
         lens = self.ints([context] * sequences)
         pairs = sequences * sum(range(context - rows + 1, context + 1))
-        moved = 2 * sequences * context * shape.kv_heads * shape.head_dim + 2 * q.numel()
+        moved = 2 * sequences * context * shape.kv_heads * size + 2 * q.numel() * self.dtype.itemsize
         scale = shape.head_dim**-0.5
         return Work(
-            lambda: self.kernels.paged_attention(q, k, v, next(turns), starts, lens, scale),
+            lambda: self.kernels.paged_attention(q, k, v, next(turns), starts, lens, scale, *scales),
             4 * pairs * shape.heads * shape.head_dim,
-            moved * self.dtype.itemsize,
+            moved,
         )
 
     def varlen_attention(self, shape: Shape, segments: int, length: int) -> Work:

@@ -7,10 +7,10 @@ and read again when memory is short.
 
 The file is in the safetensors format, tensors aligned to 64 bytes. Its last tensors are a checksum of every block of data,
 and a digest of the header and these checksums. Header and digest are verified when the file is opened; the data is summed at the
-speed of memory, without the interpreter lock, beside whatever else a start has to do, and nothing computes before it is found whole
-(`PackedWeights.check`). That is a guard against decay, not against somebody who can write into the cache folder: it should belong
-to the user alone. Nothing here ever shortens a file or writes to one in place, and files are made read-only; somebody who truncates
-a mapped one all the same ends its processes with SIGBUS, as with every mapped file.
+speed of memory, without the interpreter lock, beside whatever else a start has to do, and nothing computes before it is found
+whole (`PackedWeights.check`). That is a guard against decay, not against somebody who can write into the cache folder: it should
+belong to the user alone. Nothing here ever shortens a file or writes to one in place, and files are made read-only; somebody who
+truncates a mapped one all the same ends its processes with SIGBUS, as with every mapped file.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, TypeVar, cast, get_args
 
@@ -62,6 +62,7 @@ _DTYPES = {
     "BOOL": torch.bool,
 }
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_WIDE = "/wide"  # after the name of a weight: its second form
 _SUMS, _DIGEST = "pagemill.block_sums", "pagemill.digest"
 _BLOCK = 1 << 20  # bytes under one checksum
 _MAPPED = 256 << 20  # bytes mapped at a time where they are read but once
@@ -190,7 +191,7 @@ class PackedWeights:
             return
         self.mapped_bytes = sum(
             tensor.nbytes
-            for item in self._stored.values()
+            for item in _flat(self._stored).values()
             for tensor in ([item] if isinstance(item, Tensor) else [v for _, v in _parts(item)])
             if isinstance(tensor, Tensor)
         )
@@ -259,7 +260,7 @@ def save(path: Path, items: Mapping[str, Item]) -> None:
     """Write `items` to `path`, all of it or nothing; it takes no memory beside them. Raises OSError."""
     tensors: dict[str, Tensor] = {}
     described: dict[str, dict[str, Any]] = {}
-    for name, item in items.items():
+    for name, item in _flat(items).items():
         if isinstance(item, Tensor):
             tensors[name] = item
             continue
@@ -341,7 +342,7 @@ def _open_file(path: Path) -> tuple[dict[str, Item], Callable[[], bool]]:
         finally:
             os.close(kept)
 
-    items: dict[str, Item] = {}
+    items: dict[str, PackedLinear] = {}
     known = {field.name for field in fields(PackedLinear)}
     for name, scalars in described.items():
         values = scalars | {f: tensors.pop(f"{name}.{f}") for f in known if f"{name}.{f}" in tensors}
@@ -349,6 +350,12 @@ def _open_file(path: Path) -> tuple[dict[str, Item], Callable[[], bool]]:
             os.close(kept)
             raise _Damaged(f"{name} has the fields {', '.join(sorted(values))}")
         items[name] = PackedLinear(**values)
+    for name in [name for name in items if name.endswith(_WIDE)]:
+        narrow = name.removesuffix(_WIDE)
+        if narrow not in items:
+            os.close(kept)
+            raise _Damaged(f"{name} is of no weight")
+        items[narrow] = replace(items[narrow], wide=items.pop(name))
     return items | tensors, is_whole
 
 
@@ -397,6 +404,17 @@ def _open(header: bytes, data: Tensor) -> tuple[dict[str, Tensor], dict[str, dic
     return tensors, json.loads(metadata["items"])
 
 
+def _flat(items: Mapping[str, Item]) -> dict[str, Item]:
+    """The items, the wide form of a weight as one of its own."""
+    flat: dict[str, Item] = {}
+    for name, item in items.items():
+        if isinstance(item, PackedLinear) and item.wide is not None:
+            flat[name + _WIDE] = item.wide
+            item = replace(item, wide=None)
+        flat[name] = item
+    return flat
+
+
 def _parts(item: PackedLinear) -> list[tuple[str, Any]]:
     """Return the fields of a packed weight: tensors, and what JSON can hold."""
     parts = [(field.name, getattr(item, field.name)) for field in fields(item)]
@@ -433,8 +451,8 @@ def _map(fd: int, size: int, start: int = 0) -> Tensor:
 def _block_sums(data: Tensor, fd: int, start: int) -> Tensor:
     """Return the sum of the 64-bit words of every block, modulo 2**64; `data` is what `fd` holds from `start` on.
 
-    Reading it all also brings it into memory in the order of the disk, and into this process's page tables. A piece is one call of
-    numpy's, which holds no interpreter lock and starts no threads.
+    Reading it all also brings it into memory in the order of the disk, and into this process's page tables. A piece is one call
+    of numpy's, which holds no interpreter lock and starts no threads.
     """
     words = data.view(torch.int64).numpy()
     per_block, per_piece = _BLOCK // 8, _PIECE // 8

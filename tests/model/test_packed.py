@@ -653,3 +653,21 @@ def test_an_engine_reads_no_page_from_damaged_weights(folder, monkeypatch):
     output, weights = read()
     assert output.token_ids == expected.token_ids
     assert weights == f"mapped from {entry}"
+
+
+def test_a_second_form_and_an_order_of_columns_are_kept(tmp_path):
+    ops = kernels.select("native", CPU, torch.bfloat16)
+    q, scales = torch.randint(-127, 128, (40, 64), dtype=torch.int8), torch.rand(40)
+    narrow = ops.pack_linear(torch.randn(40, 64), None, scheme="int4")
+    items = {
+        "both": dataclasses.replace(narrow, wide=ops.pack_quantized(q, scales, None, None)),
+        "sorted": ops.pack_quantized(q, scales, None, None, order=torch.randperm(64)),
+    }
+    packed.save(tmp_path / "file", items)
+    found = packed.load(tmp_path / "file")
+    assert found.keys() == items.keys()
+    x = torch.randn(100, 64).bfloat16()
+    for name, item in items.items():
+        for rows in (3, 100):
+            assert torch.equal(ops.linear(x[:rows], found[name]), ops.linear(x[:rows], item))
+    assert not torch.equal(ops.linear(x, found["both"])[:3], ops.linear(x[:3], found["both"]))
