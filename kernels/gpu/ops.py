@@ -39,11 +39,20 @@ def kv_cache_shapes(
     return shape, shape
 
 
-def _tile(rows: int) -> linear.MatmulTile:
+@lru_cache
+def _processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; 1 for the interpreter, which runs one program at a time."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def _tile(rows: int, features: int, device: torch.device) -> linear.MatmulTile:
     if triton.knobs.runtime.interpret:  # it takes a program at a time, whatever its size
         return linear.MatmulTile(16 if rows <= 16 else 64, 256, 256, 1, 4, 1)
-    if rows <= 16:
-        return linear.MatmulTile(16, 64, 64, 4, 4, 4)
+    if (
+        rows <= 16
+    ):  # a skinny product of few features would leave most of the GPU idle: its inputs are cut, too
+        splits = 2 * _processors(device) // max(1, triton.cdiv(features, 64))
+        return linear.MatmulTile(16, 64, 64, max(1, min(splits, 8)), 4, 4)
     if rows <= 64:
         return linear.MatmulTile(64, 64, 64, 1, 4, 4)
     return linear.MatmulTile(128, 128, 64, 1, 8, 3)
@@ -117,13 +126,20 @@ def _linear(
     expect(not packed.gated, "packed", "a matrix of pack_linear", "a gated pair")
     dtype = torch.float32 if out_float32 else None
     x, packed = chosen_form(x, packed)
-    return linear.linear(x, packed, tile=_tile(len(x)), residual=residual, out_dtype=dtype, in_place=True)
+    return linear.linear(
+        x,
+        packed,
+        tile=_tile(len(x), packed.out_features, x.device),
+        residual=residual,
+        out_dtype=dtype,
+        in_place=True,
+    )
 
 
 def _linear_swiglu(x: Tensor, packed: PackedLinear) -> Tensor:
     expect(packed.gated, "packed", "gate and up of pack_swiglu", "a matrix")
     x, packed = chosen_form(x, packed)
-    return linear.linear(x, packed, tile=_tile(len(x)))
+    return linear.linear(x, packed, tile=_tile(len(x), packed.out_features, x.device))
 
 
 def _embed(ids: Tensor, packed: PackedLinear) -> Tensor:
@@ -133,12 +149,6 @@ def _embed(ids: Tensor, packed: PackedLinear) -> Tensor:
 
 def _add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
     return norm.rms_norm(x, weight, eps, residual)
-
-
-@lru_cache
-def _processors(device: torch.device) -> int:
-    """Multiprocessors of a GPU; 1 for the interpreter, which runs one program at a time."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def _paged_attention(
