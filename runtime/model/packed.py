@@ -6,11 +6,11 @@ processes at once do the work twice. Mapped pages belong to the system's page ca
 and read again when memory is short.
 
 The file is in the safetensors format, tensors aligned to 64 bytes. Its last tensors are a checksum of every block of data,
-and a digest of the header and these checksums. Header and digest are verified when the file is opened; the data is summed at the
-speed of memory, without the interpreter lock, beside whatever else a start has to do, and nothing computes before it is found whole
-(`PackedWeights.check`). That is a guard against decay, not against somebody who can write into the cache folder: it should belong
-to the user alone. Nothing here ever shortens a file or writes to one in place, and files are made read-only; somebody who truncates
-a mapped one all the same ends its processes with SIGBUS, as with every mapped file.
+and a digest of the header and these checksums. Header and digest are verified when the file is opened. The data is summed at the
+speed of memory, without the interpreter lock, beside whatever else a start has to do; nothing computes before it is found
+whole (`PackedWeights.check`). That is a guard against decay, not against somebody who can write into the cache folder: it should
+belong to the user alone. Nothing here shortens a file or writes to one in place, and files are made read-only. Somebody who
+truncates a mapped one all the same ends the processes that use it with SIGBUS, as with every mapped file.
 """
 
 from __future__ import annotations
@@ -433,8 +433,8 @@ def _map(fd: int, size: int, start: int = 0) -> Tensor:
 def _block_sums(data: Tensor, fd: int, start: int) -> Tensor:
     """Return the sum of the 64-bit words of every block, modulo 2**64; `data` is what `fd` holds from `start` on.
 
-    Reading it all also brings it into memory in the order of the disk, and into this process's page tables. A piece is one call of
-    numpy's, which holds no interpreter lock and starts no threads.
+    Reading it all also brings it into memory in the order of the disk, and into this process's page tables. A piece is one call
+    of numpy's, which holds no interpreter lock and starts no threads.
     """
     words = data.view(torch.int64).numpy()
     per_block, per_piece = _BLOCK // 8, _PIECE // 8
