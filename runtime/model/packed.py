@@ -6,11 +6,11 @@ processes at once do the work twice. Mapped pages belong to the system's page ca
 and read again when memory is short.
 
 The file is in the safetensors format, tensors aligned to 64 bytes. Its last tensors are a checksum of every block of data,
-and a digest of the header and these checksums. Header and digest are verified when the file is opened; the data is summed at the
-speed of memory, without the interpreter lock, beside whatever else a start has to do, and nothing computes before it is found
+and a digest of the header and these checksums. Header and digest are verified when the file is opened. The data is summed at the
+speed of memory, without the interpreter lock, beside whatever else a start has to do; nothing computes before it is found
 whole (`PackedWeights.check`). That is a guard against decay, not against somebody who can write into the cache folder: it should
-belong to the user alone. Nothing here ever shortens a file or writes to one in place, and files are made read-only; somebody who
-truncates a mapped one all the same ends its processes with SIGBUS, as with every mapped file.
+belong to the user alone. Nothing here shortens a file or writes to one in place, and files are made read-only. Somebody who
+truncates a mapped one all the same ends the processes that use it with SIGBUS, as with every mapped file.
 """
 
 from __future__ import annotations

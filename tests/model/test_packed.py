@@ -219,6 +219,7 @@ def test_what_the_name_covers(tmp_path, micro, monkeypatch):
 
 
 def rewrite(path, at, data):
+    path.chmod(0o600)
     with open(path, "r+b") as file:
         file.seek(at)
         file.write(data)
@@ -330,6 +331,7 @@ def test_a_damaged_file_is_made_again(micro, folder, damage):
     good = entry.read_bytes()
     bad = DAMAGE[damage](good)
     assert bad != good
+    entry.chmod(0o600)
     entry.write_bytes(bad)
     config = read_config(micro)
     with pytest.warns(UserWarning, match="cannot be used") as said:
@@ -346,6 +348,7 @@ def test_a_damaged_file_is_made_again(micro, folder, damage):
 def test_another_file_of_the_format_is_refused(micro, folder):
     load(micro)
     (entry,) = entries(folder)
+    entry.chmod(0o600)
     save_file({"a": torch.zeros(40000)}, entry)
     with pytest.raises(PagemillError):
         packed.load(entry)
