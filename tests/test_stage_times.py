@@ -103,7 +103,10 @@ def test_stages_of_a_device_that_works_behind_add_up(world, device, monkeypatch,
 
     runner.clock = DeviceClock(torch.device("cuda"))
     model = SimpleNamespace(
-        config=world.model.config, vision=Late(vision, IMAGES), decoder=Late(decoder, DECODER)
+        config=world.model.config,
+        vision=Late(vision, IMAGES),
+        decoder=Late(decoder, DECODER),
+        settle=world.model.settle,
     )
     runner.model = model
     monkeypatch.setattr(core, "_fill_masks", fill_late)
