@@ -1,6 +1,6 @@
 """What `pagemill quantize` takes on a checkpoint of the 3B shape, and the error that its layers are left with.
 
-    python bench/make_checkpoint.py 3b FOLDER
+    python bench/make_checkpoint.py --preset 3b -o FOLDER
     python bench/quantize_large.py FOLDER
 
 The first block of the tower and the first layer of the decoder are calibrated on drawn pages and rounded by every scheme; the
