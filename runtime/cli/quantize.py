@@ -149,8 +149,7 @@ def _answers(
         from pagemill.cost.compare import select_pages
 
         known = select_pages(pages, truth)
-        chosen = list(zip(known.refs, known.truths, strict=True))
-        chosen = chosen if len(chosen) <= limit else [chosen[i * len(chosen) // limit] for i in range(limit)]
+        chosen = calibrate.spread(list(zip(known.refs, known.truths, strict=True)), limit)
         answers = [{name: row.fields.get(name) for name in row.order} for _, row in chosen]
         return [ref for ref, _ in chosen], answers
     refs = calibrate.find_pages(pages, limit)

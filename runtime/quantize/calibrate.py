@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from pagemill.decode.alignment import reference_answer
 from pagemill.decode.guidance import PageFormat
@@ -17,6 +18,8 @@ from pagemill.pages.fit import FitOptions, fit_page
 from pagemill.pages.preprocess import ImageProcessor
 from pagemill.pages.source import PageRef, expand_inputs, list_pages
 from pagemill.quantize.walk import CalibrationPage
+
+T = TypeVar("T")
 
 MAX_ANSWER_TOKENS = 1024
 """Of a page's answer that calibrate: longer ones are more of the same."""
@@ -36,9 +39,13 @@ def find_pages(inputs: Sequence[str], limit: int) -> list[PageRef]:
             raise CalibrationError(f"calibration page {printable(source)}: {error}") from None
     if not refs:
         raise CalibrationError("there is no calibration page; give some with --pages")
-    if len(refs) <= limit:
-        return refs
-    return [refs[i * len(refs) // limit] for i in range(limit)]
+    return spread(refs, limit)
+
+
+def spread(items: Sequence[T], limit: int) -> list[T]:
+    """Return at most `limit` of the items, evenly spread, in their order."""
+    count = min(limit, len(items))
+    return [items[i * len(items) // count] for i in range(count)]
 
 
 def read_answers(model: str, refs: Sequence[PageRef], on_page: Callable[[], None]) -> list[str]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from pagemill.jobs.documents import write_atomically
 
 _FORMS = {
     "int4": "4-bit weights in groups, 16-bit activations (W4A16; pagemill on a CPU: 8-bit activations)",
@@ -16,9 +17,7 @@ _FORMS = {
 
 def write_readme(folder: Path, card: Mapping[str, Any]) -> None:
     """Write README.md, all of it or nothing."""
-    part = folder / "README.md.part"
-    part.write_text(readme(card), encoding="utf-8")
-    os.replace(part, folder / "README.md")
+    write_atomically(folder / "README.md", [readme(card)])
 
 
 def readme(card: Mapping[str, Any]) -> str:

@@ -104,8 +104,8 @@ def _bfloat16(x: Tensor) -> Tensor:
 
 def _fold(
     unit: str, feed: str, weights: dict[str, Tensor], fed: Inputs, scheme: str, group: int, kv_heads: int
-) -> tuple[float, float]:
-    """Scale the inputs of a feed's layers where that lowers their error; returns the error with and without.
+) -> None:
+    """Scale the inputs of a feed's layers where that lowers their error.
 
     The factors go into what makes the inputs: the norm before them, the rows of the values (attention's output is a mean of
     values, a head's own), or the rows of the up projection.
@@ -136,7 +136,7 @@ def _fold(
             heads = s.view(kv_heads, repeat, head_dim).log().mean(1, keepdim=True).exp()
             return heads.expand(kv_heads, repeat, head_dim).flatten()
 
-    s, error, without = search(fed, mine, scheme, group, exact)
+    s, _, _ = search(fed, mine, scheme, group, exact)
     for layer in layers:
         weights[f"{layer}.weight"] *= s
     if norm_name is not None:
@@ -147,7 +147,6 @@ def _fold(
         if biased(unit, source):
             weights[f"{source}.bias"][rows] /= own
     fed.scale(s)
-    return error, without
 
 
 def _unused(fed: Inputs) -> bool:
@@ -301,6 +300,8 @@ def make(
             write_json(partial.folder / CARD_FILE, card)
             for left in ("state.json", "lock", partial.state["states"]):
                 (partial.folder / left).unlink(missing_ok=True)
+            for torn in partial.folder.glob(".*.tmp"):  # of writers that were killed
+                torn.unlink()
             os.rename(partial.folder, job.out)
     finally:
         checkpoint.close()

@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from pagemill.jobs.documents import write_atomically
 from pagemill.quantize.search import Rounded
 
 FORMATS = {"int4": "pack-quantized", "int8": "int-quantized", "fp8": "float-quantized"}
@@ -128,10 +129,4 @@ def header(path: Path) -> tuple[list[str], int]:
 
 def write_json(path: Path, value: Any) -> None:
     """Write one JSON file, all of it or nothing."""
-    part = path.with_name(f"{path.name}.part")
-    with open(part, "w", encoding="utf-8") as file:
-        json.dump(value, file, ensure_ascii=False, indent=2)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
+    write_atomically(path, [json.dumps(value, ensure_ascii=False, indent=2), "\n"])
