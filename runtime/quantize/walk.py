@@ -127,40 +127,24 @@ class Walk:
         rows = sum(map(len, self.states))
         for i, (page, state) in enumerate(zip(self.pages, self.states, strict=True)):
             tapped = _tap(self._kernels, packed, lambda name, x: fed.inputs[name].add(x, len(x) / rows))
-            norm = weights[f"{norms(unit)['qkv']}.weight"]
-            step = self._block if tower else self._layer
-            self.states[i] = state + step(unit, tapped, packed, norm, state, page, fed)
+            if tower:
+                y = self._block(tapped, Block(**packed), int(unit.rpartition(".")[2]), state, page)  # type: ignore[arg-type]
+            else:
+                y = self._layer(tapped, Layer(**packed), state, page, fed)  # type: ignore[arg-type]
+            self.states[i] = state + y
         return fed
 
-    def _block(
-        self,
-        unit: str,
-        k: Kernels,
-        packed: Mapping[str, PackedLinear | Tensor],
-        norm: Tensor,
-        state: Tensor,
-        page: CalibrationPage,
-        fed: Fed,
-    ) -> Tensor:
+    def _block(self, k: Kernels, block: Block, number: int, state: Tensor, page: CalibrationPage) -> Tensor:
+        """The output of block `number`'s MLP; its attention's is added to `state`."""
         c = self.config.vision
         layout = lay_out(c, page.grid, torch.device("cpu"))
-        number = int(unit.rpartition(".")[2])
         lengths = layout.frame_lengths if number in c.full_attention_blocks else layout.window_lengths
         offsets = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
-        block = Block(norm1=norm, **packed)  # type: ignore[arg-type]
-        y = k.rms_norm(state, norm, NORM_EPS)
+        y = k.rms_norm(state, block.norm1, NORM_EPS)
         return run_block(k, c, block, y, state, (layout.cos, layout.sin), offsets)
 
-    def _layer(
-        self,
-        unit: str,
-        k: Kernels,
-        packed: Mapping[str, PackedLinear | Tensor],
-        norm: Tensor,
-        state: Tensor,
-        page: CalibrationPage,
-        fed: Fed,
-    ) -> Tensor:
+    def _layer(self, k: Kernels, layer: Layer, state: Tensor, page: CalibrationPage, fed: Fed) -> Tensor:
+        """The output of the layer's MLP; its attention's is added to `state`, and `fed` learns of keys and values."""
         c, tokens = self.config.text, len(state)
         blocks = -(-tokens // _BLOCK_SIZE)
         shapes = k.kv_cache_shapes(blocks, c.num_kv_heads, c.head_dim, _BLOCK_SIZE)
@@ -178,8 +162,7 @@ class Walk:
             logit_rows=torch.empty(0, dtype=torch.int64),
         )
         angles = k.mrope_angles(positions, *self._rope.tables(highest))
-        layer = Layer(attention_norm=norm, **packed)  # type: ignore[arg-type]
-        y = k.rms_norm(state, norm, c.rms_norm_eps)
+        y = k.rms_norm(state, layer.attention_norm, c.rms_norm_eps)
         y = run_layer(k, c, layer, y, state, angles, batch, cache)
         keys, values = cache.keys.abs().amax(dim=(0, 3)), cache.values.abs().amax(dim=(0, 2))
         fed.keys = keys if fed.keys is None else torch.maximum(fed.keys, keys)
@@ -207,7 +190,7 @@ class Walk:
 
 
 def _pack(k: Kernels, unit: str, weights: Mapping[str, Tensor]) -> dict[str, PackedLinear | Tensor]:
-    """The fields of `Block` or `Layer`, but for the first norm."""
+    """The fields of `Block` or `Layer`."""
     tower = unit.startswith("vision.")
 
     def stacked(layers: Sequence[str]) -> tuple[list[Tensor], Tensor | None]:
@@ -217,6 +200,7 @@ def _pack(k: Kernels, unit: str, weights: Mapping[str, Tensor]) -> dict[str, Pac
     of = feeds(unit)
     (gate, up), bias = stacked(of["gate_up"])
     return {
+        "norm1" if tower else "attention_norm": weights[f"{norms(unit)['qkv']}.weight"],
         "qkv": k.pack_linear(*stacked(of["qkv"])),
         "proj" if tower else "out": k.pack_linear(*stacked(of["out"])),
         "norm2" if tower else "mlp_norm": weights[f"{norms(unit)['gate_up']}.weight"],
