@@ -220,15 +220,8 @@ class Engine:
             weight_cache=config.weight_cache,
             check_beside=True,
         )
-        page_format = PageFormat(
-            profile.keys,
-            profile.key_order,
-            profile.optional_keys,
-            profile.item_separator,
-            profile.key_separator,
-        )
         return cls(
-            EngineCore(model, prompter, config, dtype, page_format),
+            EngineCore(model, prompter, config, dtype, page_format(profile)),
             processor,
             model=name,
             page_prompt=page_prompt,
@@ -912,6 +905,13 @@ def _rounded(confidence: Confidence) -> dict[str, Any]:
 
     fields = {name: brief(value) for name, value in confidence.fields.items()}
     return {"mean": brief(confidence.mean), "worst": brief(confidence.worst), "fields": fields}
+
+
+def page_format(profile: Profile) -> PageFormat:
+    """How a model of this profile writes a page's JSON."""
+    return PageFormat(
+        profile.keys, profile.key_order, profile.optional_keys, profile.item_separator, profile.key_separator
+    )
 
 
 def _device(name: str) -> torch.device:

@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from pagemill.decode.alignment import reference_answer
-from pagemill.decode.guidance import PageFormat
 from pagemill.decode.sampler import SamplingParams
-from pagemill.engine import Engine
+from pagemill.engine import Engine, page_format
 from pagemill.errors import ConfigError, PagemillError, printable, sentence
 from pagemill.model.config import ModelConfig
 from pagemill.model.prompt import Prompter, page_messages, read_profile
@@ -70,9 +69,7 @@ def prepare(
 ) -> list[CalibrationPage]:
     """Prepare pages with their answers: texts of the model, or the fields of a truth, which are written as the model would."""
     profile = read_profile(folder, model)
-    form = PageFormat(
-        profile.keys, profile.key_order, profile.optional_keys, profile.item_separator, profile.key_separator
-    )
+    form = page_format(profile)
     prompter = Prompter(folder, config.text.vocab_size, config.image_token_id)
     prompt = prompter.render(page_messages(profile))
     processor = ImageProcessor.from_folder(folder)
