@@ -240,20 +240,6 @@ void pack_quantized(const Array& weight, int64_t first, int64_t group, const Arr
     });
 }
 
-template <class T>
-void gather(const Array& ids, const Array& panels, const Array& out) {
-    const int64_t tokens = out.shape[0], k = out.shape[1], size = ceil_div(k, kPerStep<T>) * kPerStep<T> * kPanel;
-    const int64_t* id = ids.as<int64_t>();
-    T* to = out.as<T>();
-    pybind11::gil_scoped_release release;
-    parallel_for(tokens, std::max<int64_t>(1, 16384 / std::max<int64_t>(k, 1)), [&](int64_t begin, int64_t end) {
-        for (int64_t t = begin; t < end; ++t) {
-            const T* panel = panels.as<T>() + id[t] / kPanel * size;
-            for (int64_t c = 0; c < k; ++c) to[t * k + c] = panel[place<T>(id[t] % kPanel, c)];
-        }
-    });
-}
-
 // Once every shape fits: an id is read only where `out` has a row for it.
 void check_ids(const Array& ids, int64_t n) {
     if (n < 0) reject("n", "a number >= 0", std::to_string(n));
@@ -263,35 +249,83 @@ void check_ids(const Array& ids, int64_t n) {
     }
 }
 
-void embed(const Array& ids, const Array& panels, int64_t n, const Array& out) {
+// Image embeddings among the tokens': row index[t] of `rows` is token t's, its own where that is -1. Without an index, all are.
+struct Merge {
+    Array index, rows;
+    bool given;
+
+    Merge(const pybind11::object& image_index, const pybind11::object& images)
+        : index(optional_array(image_index)), rows(optional_array(images)), given(!image_index.is_none()) {
+        if (given == images.is_none()) reject("images", "an image_index beside it, or neither", "one of them");
+    }
+
+    void check_for(const Array& out) const {
+        if (!given) return;
+        check(index, "image_index", {DType::int32}, {out.shape[0]});
+        check(rows, "images", {out.dtype}, {kAny, out.shape[1]}, Layout::rows);
+        check_written(out, "out", {{"image_index", index}, {"images", rows}});
+        for (int64_t t = 0; t < out.shape[0]; ++t) {
+            const int32_t at = index.as<int32_t>()[t];
+            if (at < -1 || at >= rows.shape[0])
+                reject("image_index", "-1.." + std::to_string(rows.shape[0] - 1), std::to_string(at));
+        }
+    }
+};
+
+// out[t] = an image's row, or what `token(id, row)` writes.
+template <class T, class F>
+void embed_rows(const Array& ids, const Merge& merge, const Array& out, const F& token) {
+    const int64_t tokens = out.shape[0], k = out.shape[1];
+    const int64_t* id = ids.as<int64_t>();
+    pybind11::gil_scoped_release release;
+    parallel_for(tokens, std::max<int64_t>(1, 16384 / std::max<int64_t>(k, 1)), [&](int64_t begin, int64_t end) {
+        for (int64_t t = begin; t < end; ++t) {
+            T* to = out.as<T>() + t * k;
+            const int32_t image = merge.given ? merge.index.as<int32_t>()[t] : -1;
+            if (image < 0) token(id[t], to);
+            else std::copy_n(merge.rows.as<T>() + image * merge.rows.strides[0], k, to);
+        }
+    });
+}
+
+void embed(const Array& ids, const Array& panels, int64_t n, const pybind11::object& image_index,
+           const pybind11::object& images, const Array& out) {
+    const Merge merge(image_index, images);
     check(ids, "ids", {DType::int64}, {kAny});
     check(out, "out", {panels.dtype}, {ids.shape[0], kAny});
-    const DType dtype = check_panels(panels, ceil_div(n, kPanel), out.shape[1]);
+    const int64_t k = out.shape[1];
+    check_panels(panels, ceil_div(n, kPanel), k);
     check_written(out, "out", {{"ids", ids}, {"panels", panels}});
     check_ids(ids, n);
-    if (dtype == DType::float32) gather<float>(ids, panels, out);
-    else gather<bf16>(ids, panels, out);
+    merge.check_for(out);
+    by_type(out, [&](auto* t) {
+        using T = std::remove_pointer_t<decltype(t)>;
+        const int64_t size = ceil_div(k, kPerStep<T>) * kPerStep<T> * kPanel;
+        embed_rows<T>(ids, merge, out, [&](int64_t id, T* to) {
+            const T* panel = panels.as<T>() + id / kPanel * size;
+            for (int64_t c = 0; c < k; ++c) to[c] = panel[place<T>(id % kPanel, c)];
+        });
+    });
 }
 
 // Rows of a matrix of bytes, as they are multiplied with: (w - 128) * scale.
-void embed_int8(const Array& ids, const Array& panels, const Array& scales, int64_t n, const Array& out) {
+void embed_int8(const Array& ids, const Array& panels, const Array& scales, int64_t n,
+                const pybind11::object& image_index, const pybind11::object& images, const Array& out) {
+    const Merge merge(image_index, images);
     check(ids, "ids", {DType::int64}, {kAny});
     check(out, "out", {DType::float32, DType::bfloat16}, {ids.shape[0], kAny});
     check_written(out, "out", {{"ids", ids}, {"panels", panels}, {"scales", scales}});
-    const int64_t tokens = out.shape[0], k = out.shape[1];
+    const int64_t k = out.shape[1];
     if (check_quantized(panels, scales, nullptr, k, 0) != ceil_div(n, kPanel))
         reject("panels", std::to_string(ceil_div(n, kPanel)) + " panels", std::to_string(panels.shape[0]));
     check_ids(ids, n);
-    const int64_t* id = ids.as<int64_t>();
+    merge.check_for(out);
     by_type(out, [&](auto* t) {
         using T = std::remove_pointer_t<decltype(t)>;
         const auto dequantize = isa().typed(t).dequantize;
-        pybind11::gil_scoped_release release;
-        parallel_for(tokens, std::max<int64_t>(1, 16384 / k), [&](int64_t begin, int64_t end) {
-            for (int64_t i = begin; i < end; ++i) {
-                const uint8_t* panel = panels.as<uint8_t>() + id[i] / kPanel * panels.shape[1] * kPanel * 4;
-                dequantize(panel + id[i] % kPanel * 4, scales.as<float>()[id[i]], k, out.as<T>() + i * k);
-            }
+        embed_rows<T>(ids, merge, out, [&](int64_t id, T* to) {
+            const uint8_t* panel = panels.as<uint8_t>() + id / kPanel * panels.shape[1] * kPanel * 4;
+            dequantize(panel + id % kPanel * 4, scales.as<float>()[id], k, to);
         });
     });
 }

@@ -78,6 +78,18 @@ class LinearOp(Protocol):
     ) -> Tensor: ...
 
 
+class EmbedOp(Protocol):
+    """`embed(ids, packed, image_index=None, images=None)`."""
+
+    def __call__(
+        self,
+        ids: Tensor,
+        packed: PackedLinear,
+        image_index: Tensor | None = None,
+        images: Tensor | None = None,
+    ) -> Tensor: ...
+
+
 class GreedyOp(Protocol):
     """`greedy(logits, mask=None)`."""
 
@@ -128,7 +140,7 @@ class Kernels:
     pack_quantized: PackQuantizedOp
     linear: LinearOp
     linear_swiglu: Callable[[Tensor, PackedLinear], Tensor]
-    embed: Callable[[Tensor, PackedLinear], Tensor]
+    embed: EmbedOp
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
     add_rms_norm: Callable[[Tensor, Tensor, Tensor, float], Tensor]
     swiglu: Callable[[Tensor], Tensor]

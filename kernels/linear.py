@@ -376,10 +376,13 @@ def linear_swiglu_reference(x: Tensor, packed: PackedLinear) -> Tensor:
     return (F.silu(gate) * up).to(packed.dtype)
 
 
-def embed_reference(ids: Tensor, packed: PackedLinear) -> Tensor:
-    """Rows `ids [T]` (int64, in 0..N-1) of the packed weight, plain or int8: `[T, K]` in the compute dtype.
+def embed_reference(
+    ids: Tensor, packed: PackedLinear, image_index: Tensor | None = None, images: Tensor | None = None
+) -> Tensor:
+    """Rows `ids [T]` (int64, in 0..N-1) of the packed weight, plain or int8: `[T, K]` in the compute dtype. Where
+    `image_index [T]` (int32) is given and not -1, the row is that of `images [I, K]` instead.
 
-    Raises ValueError for an id out of range.
+    Raises ValueError for an id or index out of range, and for one of `image_index` and `images` without the other.
     """
     _check_ids(ids)
     _check_embedding(packed)
@@ -389,9 +392,16 @@ def embed_reference(ids: Tensor, packed: PackedLinear) -> Tensor:
             low >= 0 and high < packed.out_features, "ids", f"0..{packed.out_features - 1}", f"{low}..{high}"
         )
     rows = F.embedding(ids, packed.weight)
-    if packed.scales is None:
+    if packed.scales is not None:
+        rows = ((rows.float() - 128) * packed.scales[ids]).to(packed.dtype)
+    expect((image_index is None) == (images is None), "images", "an image_index beside it, or neither", "one")
+    if image_index is None or images is None:
         return rows
-    return ((rows.float() - 128) * packed.scales[ids]).to(packed.dtype)
+    expect_tensor("image_index", image_index, torch.int32, tuple(ids.shape))
+    expect_tensor("images", images, packed.dtype, (len(images), packed.in_features))
+    fits = ((image_index >= -1) & (image_index < len(images))).all()
+    expect(bool(fits), "image_index", f"-1..{len(images) - 1}", "another number")
+    return torch.where(image_index[:, None] < 0, rows, images[image_index.clamp_min(0)]) if len(images) else rows
 
 
 def _check_embedding(packed: PackedLinear) -> None:
@@ -590,13 +600,16 @@ def linear_swiglu_native(x: Tensor, packed: PackedLinear) -> Tensor:
     return out
 
 
-def embed_native(ids: Tensor, packed: PackedLinear) -> Tensor:
+def embed_native(
+    ids: Tensor, packed: PackedLinear, image_index: Tensor | None = None, images: Tensor | None = None
+) -> Tensor:
     """`embed_reference` from panels."""
     _check_ids(ids)
     _check_embedding(packed)
     out = torch.empty(ids.shape[0], packed.in_features, dtype=packed.dtype)
+    merged = (None if image_index is None else dl(image_index), None if images is None else dl(images))
     if packed.scales is None:
-        _native.embed(dl(ids), dl(packed.weight), packed.out_features, dl(out))
+        _native.embed(dl(ids), dl(packed.weight), packed.out_features, *merged, dl(out))
     else:
-        _native.embed_int8(dl(ids), dl(packed.weight), dl(packed.scales), packed.out_features, dl(out))
+        _native.embed_int8(dl(ids), dl(packed.weight), dl(packed.scales), packed.out_features, *merged, dl(out))
     return out

@@ -194,8 +194,9 @@ class Runner:
         slots = self._block_tables[row, block] * np.int64(block_size) + offset
         positions = np.empty((3, first), dtype=np.int64)
         positions[:] = index + delta
-        image_rows: list[npt.NDArray[np.int64]] = []
         image_embeds: list[Tensor] = []
+        image_index = np.full(first if prefills else 0, -1, dtype=np.int32)
+        images = 0
         for first, seq, n in prefills:
             start = seq.num_computed
             end = min(start + n, seq.num_prompt)
@@ -203,8 +204,9 @@ class Runner:
             for image in seq.images:
                 low, high = max(image.start, start), min(image.end, end)
                 if low < high:
-                    image_rows.append(np.arange(low, high) - start + first)
+                    image_index[first + low - start : first + high - start] = np.arange(images, images + high - low)
                     image_embeds.append(self.images.get(image.digest)[low - image.start : high - image.start])
+                    images += high - low
 
         context_lens = (starts + counts).astype(np.int32)
         width = -(-int(context_lens.max()) // block_size)
@@ -218,6 +220,6 @@ class Runner:
             context_lens=torch.from_numpy(context_lens).to(device),
             block_tables=torch.from_numpy(self._block_tables[rows, :width]).to(device),
             logit_rows=torch.from_numpy(np.array(logit_rows, dtype=np.int64)).to(device),
-            image_rows=torch.from_numpy(np.concatenate(image_rows)).to(device) if image_rows else None,
+            image_index=torch.from_numpy(image_index).to(device) if image_embeds else None,
             image_embeds=torch.cat(image_embeds) if image_embeds else None,
         )

@@ -142,9 +142,13 @@ def _linear_swiglu(x: Tensor, packed: PackedLinear) -> Tensor:
     return linear.linear(x, packed, tile=_tile(len(x), packed.out_features, x.device))
 
 
-def _embed(ids: Tensor, packed: PackedLinear) -> Tensor:
+def _embed(
+    ids: Tensor, packed: PackedLinear, image_index: Tensor | None = None, images: Tensor | None = None
+) -> Tensor:
     expect(packed.scheme in ("plain", "int8"), "packed", "a plain or int8 matrix", packed.scheme)
-    return embed.embed(ids, packed.weight, packed.in_features, scales=packed.scales, dtype=packed.dtype)
+    return embed.embed(
+        ids, packed.weight, packed.in_features, image_index, images, scales=packed.scales, dtype=packed.dtype
+    )
 
 
 def _add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -37,10 +37,10 @@ class RaggedBatch:
     """int32 `[S, blocks]`"""
     logit_rows: Tensor
     """int64 `[L]`, rows whose next token is wanted, increasing"""
-    image_rows: Tensor | None = None
-    """int64 `[I]`, rows that are image placeholders"""
+    image_index: Tensor | None = None
+    """int32 `[T]`, rows of `image_embeds` that stand for image placeholders, -1 for other tokens"""
     image_embeds: Tensor | None = None
-    """`[I, hidden]`, their embeddings"""
+    """`[I, hidden]`"""
 
 
 @dataclass
@@ -59,23 +59,21 @@ def run_layer(
     k: Kernels,
     c: TextConfig,
     layer: Layer,
-    y: Tensor,
     residual: Tensor,
     angles: tuple[Tensor, Tensor],
     batch: RaggedBatch,
     cache: LayerCache,
-) -> Tensor:
-    """One layer: `y [T, hidden]` is what its attention reads, normed. Adds the attention's output to
-    `residual`, returns the MLP's."""
+) -> None:
+    """One layer: adds the outputs of its attention and of its MLP to `residual [T, hidden]`, in place."""
     keys, values, *scales = cache
-    qkv = k.linear(y, layer.qkv)
+    qkv = k.linear(k.rms_norm(residual, layer.attention_norm, c.rms_norm_eps), layer.qkv)
     heads = c.num_heads, c.num_kv_heads
     q = k.rotary_cache(qkv, *angles, batch.slots, keys, values, *heads, *scales)
     where = batch.block_tables, batch.query_start, batch.context_lens
     y = k.paged_attention(q, keys, values, *where, c.head_dim**-0.5, *scales)
-    y = k.linear(y.reshape(len(y), c.hidden_size), layer.out)
-    y = k.add_rms_norm(y, residual, layer.mlp_norm, c.rms_norm_eps)
-    return k.linear(k.linear_swiglu(y, layer.gate_up), layer.down)
+    k.linear(y.reshape(len(y), c.hidden_size), layer.out, residual=residual)
+    y = k.rms_norm(residual, layer.mlp_norm, c.rms_norm_eps)
+    k.linear(k.linear_swiglu(y, layer.gate_up), layer.down, residual=residual)
 
 
 class Decoder:
@@ -132,16 +130,11 @@ class Decoder:
         Returns logits, float32 `[L, vocab]`, for `batch.logit_rows`.
         """
         k, c = self.kernels, self.config
-        residual = k.embed(batch.token_ids, self.embed_tokens)
-        if batch.image_rows is not None and batch.image_embeds is not None:
-            residual[batch.image_rows] = batch.image_embeds
+        residual = k.embed(batch.token_ids, self.embed_tokens, batch.image_index, batch.image_embeds)
         angles = k.mrope_angles(batch.positions, *self.rope.tables(batch.max_position))
-        y = k.rms_norm(residual, self.layers[0].attention_norm, c.rms_norm_eps)
-        for i, layer in enumerate(self.layers):
-            if i:
-                y = k.add_rms_norm(y, residual, layer.attention_norm, c.rms_norm_eps)
-            y = run_layer(k, c, layer, y, residual, angles, batch, kv_cache[i])
+        for layer, cache in zip(self.layers, kv_cache, strict=True):
+            run_layer(k, c, layer, residual, angles, batch, cache)
         if len(batch.logit_rows) < len(residual):  # else every row is wanted, as in a step that only decodes
-            y, residual = y[batch.logit_rows], residual[batch.logit_rows]
-        y = k.add_rms_norm(y, residual, self.norm, c.rms_norm_eps)
+            residual = residual[batch.logit_rows]
+        y = k.rms_norm(residual, self.norm, c.rms_norm_eps)
         return k.linear(y, self.lm_head, out_float32=True)

@@ -80,20 +80,20 @@ def run_block(
     k: Kernels,
     c: VisionConfig,
     block: Block,
-    y: Tensor,
     residual: Tensor,
     angles: tuple[Tensor, Tensor],
     offsets: Tensor,
-) -> Tensor:
-    """One block: `y [patches, hidden]` is what its attention reads, normed; `offsets` are those of the segments that attend to
-    themselves. Adds the attention's output to `residual`, returns the MLP's."""
-    rows = len(y)
+) -> None:
+    """One block: adds the outputs of its attention and of its MLP to `residual [patches, hidden]`, in place; `offsets` are
+    those of the segments that attend to themselves."""
+    rows = len(residual)
+    y = k.rms_norm(residual, block.norm1, NORM_EPS)
     qkv = k.linear(y, block.qkv).view(rows, 3, c.num_heads, c.head_dim)
     k.rotary(qkv[:, :2].view(rows, 2 * c.num_heads, c.head_dim), *angles)
     y = k.varlen_attention(qkv[:, 0], qkv[:, 1], qkv[:, 2], offsets, c.head_dim**-0.5)
-    y = k.linear(y.reshape(rows, c.hidden_size), block.proj)
-    y = k.add_rms_norm(y, residual, block.norm2, NORM_EPS)
-    return k.linear(k.linear_swiglu(y, block.gate_up), block.down)
+    k.linear(y.reshape(rows, c.hidden_size), block.proj, residual=residual)
+    y = k.rms_norm(residual, block.norm2, NORM_EPS)
+    k.linear(k.linear_swiglu(y, block.gate_up), block.down, residual=residual)
 
 
 class VisionTower:
@@ -168,13 +168,9 @@ class VisionTower:
         frames = self._offsets([n for layout in layouts for n in layout.frame_lengths])
 
         residual = k.linear(x, self.patch_embed)
-        y = k.rms_norm(residual, self.blocks[0].norm1, NORM_EPS)
         for i, block in enumerate(self.blocks):
-            if i:
-                y = k.add_rms_norm(y, residual, block.norm1, NORM_EPS)
-            offsets = frames if i in c.full_attention_blocks else windows
-            y = run_block(k, c, block, y, residual, angles, offsets)
-        y = k.add_rms_norm(y, residual, self.merger_norm, NORM_EPS)
+            run_block(k, c, block, residual, angles, frames if i in c.full_attention_blocks else windows)
+        y = k.rms_norm(residual, self.merger_norm, NORM_EPS)
         y = y.view(len(x) // c.spatial_merge_size**2, -1)
         y = k.linear(k.gelu(k.linear(y, self.merger_in)), self.merger_out)
 

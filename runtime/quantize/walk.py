@@ -125,26 +125,24 @@ class Walk:
         widths = {name: weights[f"{layers[0]}.weight"].shape[1] for name, layers in feeds(unit).items()}
         fed = Fed({name: Inputs(k, torch.zeros(k, k) if products else None) for name, k in widths.items()})
         rows = sum(map(len, self.states))
-        for i, (page, state) in enumerate(zip(self.pages, self.states, strict=True)):
+        for page, state in zip(self.pages, self.states, strict=True):
             tapped = _tap(self._kernels, packed, lambda name, x: fed.inputs[name].add(x, len(x) / rows))
             if tower:
-                y = self._block(tapped, Block(**packed), int(unit.rpartition(".")[2]), state, page)  # type: ignore[arg-type]
+                self._block(tapped, Block(**packed), int(unit.rpartition(".")[2]), state, page)  # type: ignore[arg-type]
             else:
-                y = self._layer(tapped, Layer(**packed), state, page, fed)  # type: ignore[arg-type]
-            self.states[i] = state + y
+                self._layer(tapped, Layer(**packed), state, page, fed)  # type: ignore[arg-type]
         return fed
 
-    def _block(self, k: Kernels, block: Block, number: int, state: Tensor, page: CalibrationPage) -> Tensor:
-        """The output of block `number`'s MLP; its attention's is added to `state`."""
+    def _block(self, k: Kernels, block: Block, number: int, state: Tensor, page: CalibrationPage) -> None:
+        """Block `number`, in place."""
         c = self.config.vision
         layout = lay_out(c, page.grid, torch.device("cpu"))
         lengths = layout.frame_lengths if number in c.full_attention_blocks else layout.window_lengths
         offsets = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
-        y = k.rms_norm(state, block.norm1, NORM_EPS)
-        return run_block(k, c, block, y, state, (layout.cos, layout.sin), offsets)
+        run_block(k, c, block, state, (layout.cos, layout.sin), offsets)
 
-    def _layer(self, k: Kernels, layer: Layer, state: Tensor, page: CalibrationPage, fed: Fed) -> Tensor:
-        """The output of the layer's MLP; its attention's is added to `state`, and `fed` learns of keys and values."""
+    def _layer(self, k: Kernels, layer: Layer, state: Tensor, page: CalibrationPage, fed: Fed) -> None:
+        """The layer, in place; `fed` learns of keys and values."""
         c, tokens = self.config.text, len(state)
         blocks = -(-tokens // _BLOCK_SIZE)
         shapes = k.kv_cache_shapes(blocks, c.num_kv_heads, c.head_dim, _BLOCK_SIZE)
@@ -162,12 +160,10 @@ class Walk:
             logit_rows=torch.empty(0, dtype=torch.int64),
         )
         angles = k.mrope_angles(positions, *self._rope.tables(highest))
-        y = k.rms_norm(state, layer.attention_norm, c.rms_norm_eps)
-        y = run_layer(k, c, layer, y, state, angles, batch, cache)
+        run_layer(k, c, layer, state, angles, batch, cache)
         keys, values = cache.keys.abs().amax(dim=(0, 3)), cache.values.abs().amax(dim=(0, 2))
         fed.keys = keys if fed.keys is None else torch.maximum(fed.keys, keys)
         fed.values = values if fed.values is None else torch.maximum(fed.values, values)
-        return y
 
     def _enter_decoder(self) -> None:
         """Images' hidden states through the merger, among the tokens' embeddings: `[tokens, hidden]` of each page."""

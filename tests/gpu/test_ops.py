@@ -72,8 +72,10 @@ def test_weights_that_are_int4_already(triton: Kernels, reference: Kernels) -> N
 @pytest.mark.parametrize("scheme", ["plain", "int8"])
 def test_embedding(triton: Kernels, reference: Kernels, scheme: Scheme) -> None:
     weight, ids = torch.randn(50, 100), torch.tensor([3, 0, 49, 3])
-    rows = [k.embed(ids, k.pack_linear(weight, None, scheme=scheme)) for k in (triton, reference)]
-    assert torch.equal(*rows)
+    index, images = torch.tensor([-1, 1, -1, 0], dtype=torch.int32), torch.randn(2, 100)
+    for given in ((), (index, images)):
+        rows = [k.embed(ids, k.pack_linear(weight, None, scheme=scheme), *given) for k in (triton, reference)]
+        assert torch.equal(*rows)
 
 
 def test_angles_and_pixels(triton: Kernels, reference: Kernels) -> None:

@@ -308,7 +308,20 @@ def pack_quantized(draw: Draw) -> Call:
     }
 
 
+def merge(draw: Draw, dtype: str, t: int, k: int) -> Call:
+    """Image embeddings among the tokens', or none."""
+    if draw(st.booleans()):
+        return {"image_index": Number(None), "images": Number(None)}
+    count = size(draw, 1, 3)
+    bad = tuple(((0,), value) for value in (-2, count, 2**31 - 1, -(2**31)) if t)
+    return {
+        "image_index": ints("int32", np.arange(t) % (count + 1) - 1, [t], bad=bad),
+        "images": floats(dtype, count, k, rows=True, loose=(0,)),
+    }
+
+
 def embed_int8(draw: Draw) -> Call:
+    dtype = dtype_of(draw)
     t, n, k = size(draw, 0, 1, 5), size(draw, 1, 33, 64), size(draw, 1, 2, 7)
     count = -(-n // 32)
     bad = tuple(((0,), value) for value in (-1, n, n + 31, 2**63 - 1, -(2**63)) if t)
@@ -317,7 +330,10 @@ def embed_int8(draw: Draw) -> Call:
         "panels": ints("uint8", np.arange(count * -(-k // 4) * 128) % 256, (count, -1, 32, 4)),
         "scales": floats("float32", count, 1, 32),
         "n": Number(n, (-1, n + 32, *WRONG_INTS)),
-        "out": out(dtype_of(draw), t, k, loose=(1,), also=("float32", "bfloat16")),
+        **(merged := merge(draw, dtype, t, k)),
+        "out": out(dtype, t, k, loose=(1,), also=("float32", "bfloat16"))
+        if merged["images"] == Number(None)
+        else out(dtype, t, k),
     }
 
 
@@ -329,7 +345,8 @@ def embed(draw: Draw) -> Call:
         "ids": ints("int64", np.arange(t) * 7 % n, [t], bad=bad),
         "panels": floats(dtype, *panels_shape(dtype, n, k)),
         "n": Number(n, (-1, n + 32, *WRONG_INTS)),
-        "out": out(dtype, t, k, loose=(1,)),
+        **(merged := merge(draw, dtype, t, k)),
+        "out": out(dtype, t, k, loose=(1,) if merged["images"] == Number(None) else ()),
     }
 
 

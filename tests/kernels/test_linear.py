@@ -67,6 +67,30 @@ def test_embedding_shares_the_packed_weight(kernels: Kernels, dtype: torch.dtype
     assert kernels.embed(ids[:0], packed).shape == (0, 37)
 
 
+@pytest.mark.parametrize("scheme", ["plain", "int8"])
+def test_image_embeddings_stand_among_the_tokens(
+    kernels: Kernels, dtype: torch.dtype, scheme: Scheme
+) -> None:
+    packed = kernels.pack_linear(torch.randn(101, 37), None, scheme=scheme)
+    ids, index = torch.tensor([0, 100, 100, 7, 100]), torch.tensor([-1, 2, 0, -1, 2], dtype=torch.int32)
+    images = torch.full((3, 50), float("nan"), dtype=dtype)[:, :37]
+    images[[0, 2]] = torch.randn(2, 37, dtype=dtype)
+    wanted = kernels.embed(ids, packed)
+    wanted[[1, 2, 4]] = images[[2, 0, 2]]
+    assert torch.equal(kernels.embed(ids, packed, index, images), wanted)
+    none = torch.full_like(index, -1)
+    assert torch.equal(kernels.embed(ids, packed, none, images[:0]), kernels.embed(ids, packed))
+    for bad in (-2, 3):
+        with pytest.raises(ValueError, match=r"image_index: expected -1\.\.2"):
+            kernels.embed(ids, packed, torch.full_like(index, bad), images)
+    for wrong in ((index, None), (None, images)):
+        with pytest.raises(ValueError, match="images: expected an image_index beside it, or neither"):
+            kernels.embed(ids, packed, *wrong)
+    for wrong in ((index[1:], images), (index.long(), images), (index, images[:, 1:]), (index, images.double())):
+        with pytest.raises(ValueError, match=r"(image_index|images): expected"):
+            kernels.embed(ids, packed, *wrong)
+
+
 def test_no_rows(kernels: Kernels, dtype: torch.dtype) -> None:
     packed = kernels.pack_linear(torch.randn(8, 4), None)
     assert kernels.linear(torch.empty(0, 4, dtype=dtype), packed).shape == (0, 8)

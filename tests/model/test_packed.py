@@ -76,7 +76,7 @@ def outputs(model):
         context_lens=torch.tensor([7], dtype=torch.int32),
         block_tables=torch.zeros(1, 1, dtype=torch.int32),
         logit_rows=torch.arange(7),
-        image_rows=torch.arange(1, 5),
+        image_index=torch.tensor([-1, 0, 1, 2, 3, -1, -1], dtype=torch.int32),
         image_embeds=image,
     )
     return torch.cat([image.float().flatten(), model.decoder(batch, caches).flatten()])

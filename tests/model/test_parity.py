@@ -122,8 +122,8 @@ def our_logits(folder, token_ids, patches, grids, kind, chunk=None, block_size=1
     out = []
     for a in range(0, n, chunk or n):
         b = min(a + (chunk or n), n)
-        rows = np.flatnonzero(is_image[a:b])
-        first = int(is_image[:a].sum())
+        count, first = int(is_image[a:b].sum()), int(is_image[:a].sum())
+        index = np.where(is_image[a:b], is_image[a:b].cumsum() - 1, -1).astype(np.int32)
         out.append(
             model.decoder(
                 RaggedBatch(
@@ -135,8 +135,8 @@ def our_logits(folder, token_ids, patches, grids, kind, chunk=None, block_size=1
                     context_lens=torch.tensor([b], dtype=torch.int32),
                     block_tables=torch.from_numpy(table[None]),
                     logit_rows=torch.arange(b - a),
-                    image_rows=torch.from_numpy(rows) if len(rows) else None,
-                    image_embeds=all_embeds[first : first + len(rows)] if len(rows) else None,
+                    image_index=torch.from_numpy(index) if count else None,
+                    image_embeds=all_embeds[first : first + count] if count else None,
                 ),
                 kv,
             )
