@@ -7,35 +7,25 @@ template <class T>
 PM_KERNEL void rms_norm(const NormArgs<T>& p, int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
         const T* x = p.x + row * p.ldx;
-        T* residual = p.residual ? p.residual + row * p.ldr : nullptr;
-        const auto value = [&](int64_t i, int64_t n) {
-            V v = take(x + i, n);
-            if (residual) {
-                v = round_to(T{}, take(residual + i, n) + v);
-                put(residual + i, v, n);
-            }
-            return v;
-        };
         V even = {}, odd = {};  // of the squares of every other W elements
         int64_t i = 0;
         for (; i + 2 * W <= p.h; i += 2 * W) {
-            const V first = value(i, W), second = value(i + W, W);
+            const V first = take(x + i, W), second = take(x + i + W, W);
             even = fma(first, first, even);
             odd = fma(second, second, odd);
         }
         if (i + W <= p.h) {
-            const V v = value(i, W);
+            const V v = take(x + i, W);
             even = fma(v, v, even);
             i += W;
             if (i < p.h) {
-                const V last = value(i, p.h - i);
+                const V last = take(x + i, p.h - i);
                 odd = fma(last, last, odd);
             }
         } else if (i < p.h) {
-            const V last = value(i, p.h - i);
+            const V last = take(x + i, p.h - i);
             even = fma(last, last, even);
         }
-        if (residual) x = residual;
         const V scale = splat(1.0f / sqrtf(sum(even + odd) / static_cast<float>(p.h) + p.eps));
         T* out = p.out + row * p.h;
         sweep(p.h, [&](int64_t i, int64_t n) {

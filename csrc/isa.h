@@ -61,8 +61,6 @@ template <class T>
 struct NormArgs {
     const T* x;
     int64_t ldx;
-    T* residual;  // or null; += x first
-    int64_t ldr;
     const T* weight;
     float eps;
     T* out;

@@ -24,32 +24,21 @@ void by_type(const Array& a, const F& f) {
     else f(static_cast<bf16*>(nullptr));
 }
 
-void norm(const Array& x, const Array* residual, const Array& weight, float eps, const Array& out) {
+void rms_norm(const Array& x, const Array& weight, float eps, const Array& out) {
     check(x, "x", kFloats, {kAny, kAny}, Layout::rows);
     const int64_t m = x.shape[0], h = x.shape[1];
     check(weight, "weight", {x.dtype}, {h});
     check(out, "out", {x.dtype}, {m, h});
-    if (residual) {
-        check(*residual, "residual", {x.dtype}, {m, h}, Layout::rows);
-        check_written(*residual, "residual", {{"x", x}, {"weight", weight}, {"out", out}});
-    }
     check_written(out, "out", {{"x", x}, {"weight", weight}});
     if (!(eps >= 0)) reject("eps", "a number >= 0", std::to_string(eps));
     if (out.size() == 0) return;
     by_type(x, [&](auto* t) {
         using T = std::remove_pointer_t<decltype(t)>;
-        const NormArgs<T> args{x.as<T>(), x.strides[0], residual ? residual->as<T>() : nullptr,
-                               residual ? residual->strides[0] : 0, weight.as<T>(), eps, out.as<T>(), h};
+        const NormArgs<T> args{x.as<T>(), x.strides[0], weight.as<T>(), eps, out.as<T>(), h};
         const auto& kernels = isa().typed(t);
         pybind11::gil_scoped_release release;
         parallel_for(m, rows_of(h), [&](int64_t begin, int64_t end) { kernels.rms_norm(args, begin, end); });
     });
-}
-
-void rms_norm(const Array& x, const Array& weight, float eps, const Array& out) { norm(x, nullptr, weight, eps, out); }
-
-void add_rms_norm(const Array& x, const Array& residual, const Array& weight, float eps, const Array& out) {
-    norm(x, &residual, weight, eps, out);
 }
 
 void swiglu(const Array& gate_up, const Array& out) {
@@ -244,7 +233,6 @@ void greedy(const Array& logits, const pybind11::object& mask, const Array& toke
 
 void bind_elementwise(pybind11::module_& m) {
     m.def("rms_norm", &rms_norm);
-    m.def("add_rms_norm", &add_rms_norm);
     m.def("swiglu", &swiglu);
     m.def("gelu", &gelu);
     m.def("rotary", &rotary);

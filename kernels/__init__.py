@@ -142,7 +142,6 @@ class Kernels:
     linear_swiglu: Callable[[Tensor, PackedLinear], Tensor]
     embed: EmbedOp
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
-    add_rms_norm: Callable[[Tensor, Tensor, Tensor, float], Tensor]
     swiglu: Callable[[Tensor], Tensor]
     gelu: Callable[[Tensor], Tensor]
     mrope_angles: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -165,7 +164,6 @@ _OPS = (
     "linear_swiglu",
     "embed",
     "rms_norm",
-    "add_rms_norm",
     "swiglu",
     "gelu",
     "mrope_angles",
@@ -187,7 +185,6 @@ def _reference(dtype: torch.dtype) -> Kernels:
         linear_swiglu=linear.linear_swiglu_reference,
         embed=linear.embed_reference,
         rms_norm=norm.rms_norm_reference,
-        add_rms_norm=norm.add_rms_norm_reference,
         swiglu=activation.swiglu_reference,
         gelu=activation.gelu_reference,
         mrope_angles=angles.mrope_angles_reference,
@@ -213,7 +210,6 @@ def _native_over(reference: Kernels, dtype: torch.dtype) -> Kernels:
         linear_swiglu=linear.linear_swiglu_native,
         embed=linear.embed_native,
         rms_norm=norm.rms_norm_native,
-        add_rms_norm=norm.add_rms_norm_native,
         swiglu=activation.swiglu_native,
         gelu=activation.gelu_native,
         mrope_angles=angles.mrope_angles_native,

@@ -401,7 +401,9 @@ def embed_reference(
     expect_tensor("images", images, packed.dtype, (len(images), packed.in_features))
     fits = ((image_index >= -1) & (image_index < len(images))).all()
     expect(bool(fits), "image_index", f"-1..{len(images) - 1}", "another number")
-    return torch.where(image_index[:, None] < 0, rows, images[image_index.clamp_min(0)]) if len(images) else rows
+    return (
+        torch.where(image_index[:, None] < 0, rows, images[image_index.clamp_min(0)]) if len(images) else rows
+    )
 
 
 def _check_embedding(packed: PackedLinear) -> None:
@@ -611,5 +613,7 @@ def embed_native(
     if packed.scales is None:
         _native.embed(dl(ids), dl(packed.weight), packed.out_features, *merged, dl(out))
     else:
-        _native.embed_int8(dl(ids), dl(packed.weight), dl(packed.scales), packed.out_features, *merged, dl(out))
+        _native.embed_int8(
+            dl(ids), dl(packed.weight), dl(packed.scales), packed.out_features, *merged, dl(out)
+        )
     return out

@@ -1,4 +1,4 @@
-"""RMSNorm (Zhang & Sennrich, 2019), alone and fused with the residual addition before it.
+"""RMSNorm (Zhang & Sennrich, 2019). The residual before it is added by the product that it is added to (`linear`).
 
 `x [M, H]`, `weight [H]`, both float32 or both bfloat16. The mean square and the scaling are float32; the
 scaled row is rounded to x's dtype before it is multiplied by the weight, as in Hugging Face's Qwen2RMSNorm.
@@ -13,7 +13,7 @@ import pagemill._native as _native
 from pagemill.kernels.check import expect, expect_tensor
 from pagemill.kernels.dlpack import dl
 
-__all__ = ["add_rms_norm_native", "add_rms_norm_reference", "rms_norm_native", "rms_norm_reference"]
+__all__ = ["rms_norm_native", "rms_norm_reference"]
 
 _DTYPES = (torch.float32, torch.bfloat16)
 
@@ -32,23 +32,8 @@ def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return weight * wide.to(x.dtype)
 
 
-def add_rms_norm_reference(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """`residual [M, H] += x` in place (rounded to its dtype), then `rms_norm(residual, weight, eps)`."""
-    _check(x, weight, eps)
-    expect_tensor("residual", residual, x.dtype, tuple(x.shape))
-    residual += x
-    return rms_norm_reference(residual, weight, eps)
-
-
 def rms_norm_native(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """`rms_norm_reference` in C++ (`csrc/body_elementwise.h`)."""
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     _native.rms_norm(dl(x), dl(weight), eps, dl(out))
-    return out
-
-
-def add_rms_norm_native(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """`add_rms_norm_reference` in C++, in one pass over each row."""
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    _native.add_rms_norm(dl(x), dl(residual), dl(weight), eps, dl(out))
     return out

@@ -204,7 +204,9 @@ class Runner:
             for image in seq.images:
                 low, high = max(image.start, start), min(image.end, end)
                 if low < high:
-                    image_index[first + low - start : first + high - start] = np.arange(images, images + high - low)
+                    image_index[first + low - start : first + high - start] = np.arange(
+                        images, images + high - low
+                    )
                     image_embeds.append(self.images.get(image.digest)[low - image.start : high - image.start])
                     images += high - low
 

@@ -130,15 +130,11 @@ def test_embed(timer: Timer, shape: Shape, rows: int) -> None:
 
 
 @pytest.mark.parametrize("rows", [16, 256])
-@pytest.mark.parametrize("op", ["rms_norm", "add_rms_norm"])
-def test_norm(timer: Timer, shape: Shape, op: str, rows: int) -> None:
-    x, residual, weight = (timer.tensor(*s) for s in ((rows, shape.hidden),) * 2 + ((shape.hidden,),))
-    size = rows * shape.hidden * timer.dtype.itemsize
-    if op == "rms_norm":
-        timer.run(lambda: timer.kernels.rms_norm(x, weight, 1e-6), moved=2 * size)
-    else:
-        x *= 0  # the residual is added to again and again
-        timer.run(lambda: timer.kernels.add_rms_norm(x, residual, weight, 1e-6), moved=4 * size)
+def test_norm(timer: Timer, shape: Shape, rows: int) -> None:
+    x, weight = timer.tensor(rows, shape.hidden), timer.tensor(shape.hidden)
+    timer.run(
+        lambda: timer.kernels.rms_norm(x, weight, 1e-6), moved=2 * rows * shape.hidden * timer.dtype.itemsize
+    )
 
 
 @pytest.mark.parametrize("rows", [16, 256])

@@ -1,4 +1,4 @@
-"""RMSNorm in Triton, with the residual addition before it and the quantisation after it in the same pass.
+"""RMSNorm in Triton, with the quantisation after it in the same pass.
 
 The contract is that of `pagemill.kernels.norm`; a row is one program and stays in registers.
 """
@@ -15,20 +15,13 @@ __all__ = ["rms_norm", "rms_norm_quantized"]
 
 @triton.jit
 def rms_norm_kernel(
-    x, residual, weight, out, scale, H, x_row, residual_row, out_row, eps, ADD: tl.constexpr, LARGEST: tl.constexpr,
-    TILE: tl.constexpr,
+    x, weight, out, scale, H, x_row, out_row, eps, LARGEST: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """LARGEST > 0: `out` is int8 or float8, out = y / scale, scale = max |y| / LARGEST. TILE >= out_row, a power of two."""
     row = tl.program_id(0).to(tl.int64)
     h = tl.arange(0, TILE)
     there = h < H
     v = tl.load(x + row * x_row + h, mask=there, other=0.0).to(tl.float32)
-    if ADD:
-        at = residual + row * residual_row + h
-        v += tl.load(at, mask=there, other=0.0).to(tl.float32)
-        rounded = v.to(residual.dtype.element_ty)
-        tl.store(at, rounded, mask=there)
-        v = rounded.to(tl.float32)
     v *= tl.rsqrt(tl.sum(v * v, 0) / H + eps)
     kind = weight.dtype.element_ty
     y = (v.to(kind).to(tl.float32) * tl.load(weight + h, mask=there, other=0.0).to(tl.float32)).to(kind)
@@ -47,23 +40,19 @@ def _warps(tile: int) -> int:
     return 4 if tile <= 2048 else 8
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Tensor:
-    """`rms_norm_reference`, or with `residual [M, H]` (changed in place) `add_rms_norm_reference`."""
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """`rms_norm_reference`."""
     m, h = x.shape
     out = torch.empty(m, h, dtype=x.dtype, device=x.device)
     tile = triton.next_power_of_2(h)
     if m:
-        r = out if residual is None else residual
         rms_norm_kernel[(m,)](
-            x, r, weight, out, out, h, x.stride(0), r.stride(0), h, eps, ADD=residual is not None, LARGEST=0.0, TILE=tile,
-            num_warps=_warps(tile),
+            x, weight, out, out, h, x.stride(0), h, eps, LARGEST=0.0, TILE=tile, num_warps=_warps(tile),
         )  # fmt: skip
     return out
 
 
-def rms_norm_quantized(
-    x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype, residual: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def rms_norm_quantized(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """The same rows as int8 or float8_e4m3fn `[M, Hp]` (H rounded up to 64, zeros), and their float32 scales `[M]`."""
     m, h = x.shape
     padded = -(-h // 64) * 64
@@ -71,9 +60,8 @@ def rms_norm_quantized(
     scale = torch.empty(m, dtype=torch.float32, device=x.device)
     tile = triton.next_power_of_2(padded)
     if m:
-        r = x if residual is None else residual
         rms_norm_kernel[(m,)](
-            x, r, weight, out, scale, h, x.stride(0), r.stride(0), padded, eps, ADD=residual is not None,
-            LARGEST=127.0 if dtype == torch.int8 else 448.0, TILE=tile, num_warps=_warps(tile),
+            x, weight, out, scale, h, x.stride(0), padded, eps, LARGEST=127.0 if dtype == torch.int8 else 448.0,
+            TILE=tile, num_warps=_warps(tile),
         )  # fmt: skip
     return out, scale

@@ -151,10 +151,6 @@ def _embed(
     )
 
 
-def _add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return norm.rms_norm(x, weight, eps, residual)
-
-
 def _paged_attention(
     q: Tensor,
     k_cache: Tensor,
@@ -192,7 +188,6 @@ def ops(dtype: torch.dtype) -> dict[str, Callable[..., Any]]:
         "linear_swiglu": _linear_swiglu,
         "embed": _embed,
         "rms_norm": norm.rms_norm,
-        "add_rms_norm": _add_rms_norm,
         "swiglu": activation.swiglu,
         "gelu": activation.gelu,
         "mrope_angles": angles.mrope_angles,

@@ -22,17 +22,6 @@ def test_rms_norm(kernels: Kernels, dtype: torch.dtype, h: int) -> None:
     assert_close(found, wanted, roundings=2)
 
 
-@pytest.mark.parametrize("h", WIDTHS)
-def test_add_rms_norm_adds_in_place(kernels: Kernels, dtype: torch.dtype, h: int) -> None:
-    x, weight = torch.randn(5, h, dtype=dtype), torch.randn(h, dtype=dtype)
-    residual = torch.randn(5, h, dtype=dtype)
-    kept, total = x.clone(), residual + x
-    found = kernels.add_rms_norm(x, residual, weight, 1e-5)
-    assert torch.equal(residual, total)
-    assert torch.equal(x, kept)
-    assert torch.equal(found, kernels.rms_norm(total, weight, 1e-5))
-
-
 def test_rms_norm_of_strided_and_no_rows(kernels: Kernels, dtype: torch.dtype) -> None:
     x, weight = torch.randn(5, 3, 40, dtype=dtype), torch.randn(40, dtype=dtype)
     assert torch.equal(
@@ -245,7 +234,6 @@ def test_rows_do_not_depend_on_the_batch_nor_on_threads(native: Kernels, dtype: 
     ops = [
         rotated,
         lambda r: native.rms_norm(x[r], weight, 1e-6),
-        lambda r: native.add_rms_norm(x[r], x[r].flip(1), weight, 1e-6),
         lambda r: native.swiglu(x[r]),
         lambda r: native.gelu(x[r]),
         lambda r: native.greedy(logits[r])[1],
@@ -264,8 +252,6 @@ def test_bad_arguments_raise(kernels: Kernels, dtype: torch.dtype) -> None:
     for call in (
         lambda: kernels.rms_norm(x, weight[:7], 1e-6),
         lambda: kernels.rms_norm(x, weight.to(other), 1e-6),
-        lambda: kernels.add_rms_norm(x, x.to(other), weight, 1e-6),
-        lambda: kernels.add_rms_norm(x, torch.zeros(3, 8, dtype=dtype), weight, 1e-6),
         lambda: kernels.rms_norm(x, weight, -1.0),
         lambda: kernels.swiglu(x[:, :7]),
         lambda: kernels.swiglu(x.half()),

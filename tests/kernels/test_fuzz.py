@@ -360,13 +360,6 @@ def rms_norm(draw: Draw) -> Call:
     }
 
 
-def add_rms_norm(draw: Draw) -> Call:
-    call = rms_norm(draw)
-    x = call.pop("x")
-    assert isinstance(x, Arr)
-    return {"x": x, "residual": replace(x, written=True), **call}
-
-
 def swiglu(draw: Draw) -> Call:
     dtype, m, width = dtype_of(draw), size(draw, 0, 1, 3), size(draw, 0, 1, 15, 37)
     return {"gate_up": floats(dtype, m, 2 * width, rows=True), "out": out(dtype, m, width)}
@@ -519,7 +512,6 @@ CASES: dict[str, Callable[[Draw], Call]] = {
         embed,
         embed_int8,
         rms_norm,
-        add_rms_norm,
         swiglu,
         gelu,
         rotary,

@@ -86,7 +86,12 @@ def test_image_embeddings_stand_among_the_tokens(
     for wrong in ((index, None), (None, images)):
         with pytest.raises(ValueError, match="images: expected an image_index beside it, or neither"):
             kernels.embed(ids, packed, *wrong)
-    for wrong in ((index[1:], images), (index.long(), images), (index, images[:, 1:]), (index, images.double())):
+    for wrong in (
+        (index[1:], images),
+        (index.long(), images),
+        (index, images[:, 1:]),
+        (index, images.double()),
+    ):
         with pytest.raises(ValueError, match=r"(image_index|images): expected"):
             kernels.embed(ids, packed, *wrong)
 
