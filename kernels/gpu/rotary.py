@@ -6,10 +6,11 @@ sines may be shared by the caller for any position scheme (M-RoPE of the decoder
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from pagemill.kernels.gpu.codes import largest_code, to_codes
 
 __all__ = ["rotary", "rotary_cache"]
 
@@ -46,12 +47,11 @@ def _keep(cache, scales, at, slot, first, second, HALF: tl.constexpr, LARGEST: t
         largest = tl.maximum(tl.max(tl.abs(first), 1), tl.max(tl.abs(second), 1))
         step = tl.maximum(largest / LARGEST, 1e-30)
         tl.store(scales + slot, step, mask=tl.max(mask.to(tl.int32), 1) > 0)
-        first, second = first / step[:, None], second / step[:, None]
-        if cache.dtype.element_ty == tl.int8:
-            first = (first + 12582912.0) - 12582912.0  # to the nearest integer, ties to even
-            second = (second + 12582912.0) - 12582912.0
-    tl.store(cache + at, first.to(cache.dtype.element_ty), mask=mask)
-    tl.store(cache + at + HALF, second.to(cache.dtype.element_ty), mask=mask)
+        tl.store(cache + at, to_codes(first / step[:, None], cache), mask=mask)
+        tl.store(cache + at + HALF, to_codes(second / step[:, None], cache), mask=mask)
+    else:
+        tl.store(cache + at, first.to(cache.dtype.element_ty), mask=mask)
+        tl.store(cache + at + HALF, second.to(cache.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -115,7 +115,7 @@ def rotary_cache(
     """`rotary_cache_reference` for `k_cache`, `v_cache [num_blocks, Hk, block_size, D]`; int8 and float8 ones with scales."""
     tokens, d = qkv.shape[0], k_cache.shape[3]
     if tokens:
-        largest = 0.0 if k_scale is None else 127.0 if k_cache.dtype == torch.int8 else 448.0
+        largest = 0.0 if k_scale is None else largest_code(k_cache.dtype)
         rotary_cache_kernel[(tokens,)](
             qkv, cos, sin, slots, k_cache, v_cache, qkv if k_scale is None else k_scale, qkv if v_scale is None else v_scale,
             qkv.stride(0), HEADS=num_heads, KV_HEADS=num_kv_heads, HALF=d // 2,

@@ -1,6 +1,7 @@
 """The Triton kernels as `select` gives them, against the reference under the same contract; and a page read with them."""
 
 from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from pagemill import Engine, SamplingParams
 from pagemill.errors import KernelUnavailable
-from pagemill.kernels import Kernels, Scheme, kv_scale_shape, select
+from pagemill.kernels import QUANTISED_KV, Kernels, Scheme, kv_scale_shape, select
 
 CPU = torch.device("cpu")
 PAGE = Path(__file__).parents[2] / "bench" / "pages" / "form_24.png"
@@ -93,9 +94,11 @@ def test_angles_and_pixels(triton: Kernels, reference: Kernels) -> None:
     assert torch.equal(ours, theirs)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
+@pytest.mark.parametrize(
+    ("dtype", "bound"), [(torch.float32, 1e-6), (torch.int8, 0.01), (torch.float8_e4m3fn, 0.01)]
+)
 def test_attention_over_the_cache_that_it_wrote(
-    triton: Kernels, reference: Kernels, dtype: torch.dtype
+    triton: Kernels, reference: Kernels, dtype: torch.dtype, bound: float
 ) -> None:
     """Two sequences, a prefill and a decode step, each through its own cache layout."""
     heads, kv_heads, head_dim, block = 8, 2, 32, 4
@@ -107,12 +110,12 @@ def test_attention_over_the_cache_that_it_wrote(
     found = []
     for kernels in (triton, reference):
         caches = [torch.zeros(s, dtype=dtype) for s in kernels.kv_cache_shapes(8, kv_heads, head_dim, block)]
-        if dtype == torch.int8:
+        if dtype in QUANTISED_KV:
             caches += [torch.zeros(kv_scale_shape(8, kv_heads, block)) for _ in range(2)]
         k, v, *scales = caches
         q = kernels.rotary_cache(qkv.clone(), cos, sin, slots, k, v, heads, kv_heads, *scales)
         found.append(kernels.paged_attention(q, k, v, tables, query_start, lens, 0.2, *scales))
-    assert off(*found) < (1e-6 if dtype == torch.float32 else 0.01)
+    assert off(*found) < bound
 
 
 def test_attention_of_segments(triton: Kernels, reference: Kernels) -> None:
@@ -127,15 +130,20 @@ def test_only_what_the_interpreter_can_do_is_taken() -> None:
         select("triton", CPU, torch.bfloat16)
 
 
-def test_a_page_is_read_as_with_the_reference(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("kept", "width", "height", "tokens"), [("auto", 300, 90, 6), ("fp8", 100, 40, 3)])
+def test_a_page_is_read_as_with_the_reference(
+    tmp_path: Path, kept: Literal["auto", "fp8"], width: int, height: int, tokens: int
+) -> None:
     crop = tmp_path / "crop.png"
     with Image.open(PAGE) as page:
-        page.convert("RGB").crop((0, 0, 300, 90)).save(crop)
+        page.convert("RGB").crop((0, 0, width, height)).save(crop)
     texts = []
     for kernels in ("triton", "reference"):
-        with Engine.from_pretrained(dtype="float32", kernels=kernels, max_num_seqs=1) as engine:
+        options: dict[str, Any] = dict(dtype="float32", kernels=kernels, max_num_seqs=1, kv_cache_dtype=kept)
+        with Engine.from_pretrained(**options) as engine:
+            assert engine.describe()["kv_cache_dtype"] == ("float32" if kept == "auto" else "float8_e4m3fn")
             assert all(kernels in kind for kind in engine.describe()["kernels"].values())
-            (result,) = engine.read(str(crop), params=SamplingParams(max_new_tokens=6))
+            (result,) = engine.read(str(crop), params=SamplingParams(max_new_tokens=tokens))
             texts.append((result.raw, result.error))
     assert texts[0] == texts[1]
     assert texts[0][0]
