@@ -1,10 +1,10 @@
 """The Triton kernels as `select` gives them, against the reference under the same contract; and a page read with them."""
 
 from pathlib import Path
-from typing import Any, Literal
 
 import pytest
 import torch
+from micro import IMAGE, Ask, World, drain
 from PIL import Image
 from torch import Tensor
 
@@ -130,21 +130,30 @@ def test_only_what_the_interpreter_can_do_is_taken() -> None:
         select("triton", CPU, torch.bfloat16)
 
 
-@pytest.mark.parametrize(("kept", "width", "height", "tokens"), [("auto", 300, 90, 6), ("fp8", 100, 40, 3)])
-def test_a_page_is_read_as_with_the_reference(
-    tmp_path: Path, kept: Literal["auto", "fp8"], width: int, height: int, tokens: int
-) -> None:
+def test_a_page_is_read_as_with_the_reference(tmp_path: Path) -> None:
     crop = tmp_path / "crop.png"
     with Image.open(PAGE) as page:
-        page.convert("RGB").crop((0, 0, width, height)).save(crop)
+        page.convert("RGB").crop((0, 0, 300, 90)).save(crop)
     texts = []
     for kernels in ("triton", "reference"):
-        options: dict[str, Any] = dict(dtype="float32", kernels=kernels, max_num_seqs=1, kv_cache_dtype=kept)
-        with Engine.from_pretrained(**options) as engine:
-            assert engine.describe()["kv_cache_dtype"] == ("float32" if kept == "auto" else "float8_e4m3fn")
+        with Engine.from_pretrained(dtype="float32", kernels=kernels, max_num_seqs=1) as engine:
             assert all(kernels in kind for kind in engine.describe()["kernels"].values())
-            (result,) = engine.read(str(crop), params=SamplingParams(max_new_tokens=tokens))
+            (result,) = engine.read(str(crop), params=SamplingParams(max_new_tokens=6))
             texts.append((result.raw, result.error))
     assert texts[0] == texts[1]
     assert texts[0][0]
     assert texts[0][1] is None
+
+
+def test_requests_with_fp8_keys_and_values_are_read_as_with_the_reference(tmp_path: Path) -> None:
+    """Prompts with images of a random model: prefilled in chunks, decoded together, beginnings shared."""
+    requests = [Ask((3, IMAGE, 1, 2, 4), (3,), 5), Ask((3, IMAGE, 1, 2, 5), (3,), 3), Ask((5, 1), (), 4)]
+    outputs = []
+    for kernels in ("triton", "reference"):
+        world = World(tmp_path / kernels, kernels)
+        core = world.core(kv_cache_dtype="fp8", max_step_tokens=8, block_size=2)
+        sequences = [world.add(core, request) for request in requests]
+        drain(core)
+        outputs.append([seq.output_ids for seq in sequences])
+    assert outputs[0] == outputs[1]
+    assert [len(ids) for ids in outputs[0]] == [5, 3, 4]
