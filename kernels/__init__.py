@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -18,10 +18,11 @@ from torch import Tensor
 import pagemill._native as _native
 from pagemill.errors import KernelUnavailable
 from pagemill.kernels import activation, angles, attention, linear, norm, pixels, rotary, sampling
-from pagemill.kernels.attention import LayerCache, Shape4, kv_cache_shapes, kv_scale_shape
+from pagemill.kernels.attention import QUANTISED_KV, LayerCache, Shape4, kv_cache_shapes, kv_scale_shape
 from pagemill.kernels.linear import PackedLinear, Scheme
 
 __all__ = [
+    "QUANTISED_KV",
     "Kernels",
     "LayerCache",
     "PackedLinear",
@@ -152,6 +153,8 @@ class Kernels:
     pixel_values: Callable[[Tensor, Tensor, Tensor, int, Tensor], None]
     greedy: GreedyOp
     kv_cache_shapes: Callable[[int, int, int, int], tuple[Shape4, Shape4]]
+    quantised_kv: tuple[torch.dtype, ...]
+    """What the KV cache may be stored in besides the compute dtype."""
     implementations: Mapping[str, str]
 
     def describe(self) -> dict[str, str]:
@@ -195,6 +198,7 @@ def _reference(dtype: torch.dtype) -> Kernels:
         pixel_values=pixels.pixel_values_reference,
         greedy=sampling.greedy_reference,
         kv_cache_shapes=kv_cache_shapes,
+        quantised_kv=tuple(QUANTISED_KV),
         implementations=dict.fromkeys(_OPS, "reference (torch)"),
     )
 
@@ -219,11 +223,13 @@ def _native_over(reference: Kernels, dtype: torch.dtype) -> Kernels:
         varlen_attention=attention.varlen_attention_native,
         pixel_values=pixels.pixel_values_native,
         greedy=sampling.greedy_native,
+        quantised_kv=(torch.int8,),
         implementations=dict.fromkeys(_OPS, native),
     )
 
 
 _OLDEST = (8, 0)  # compute capability: the first with bfloat16 and asynchronous copies
+_OLDEST_FP8 = (8, 9)  # the first that converts float8_e4m3fn; for older ones Triton refuses to compile it
 
 
 def _triton_over(reference: Kernels, device: torch.device, dtype: torch.dtype) -> Kernels:
@@ -238,6 +244,7 @@ def _triton_over(reference: Kernels, device: torch.device, dtype: torch.dtype) -
         )
     if interpreted and dtype != torch.float32:
         raise KernelUnavailable(f"Triton's interpreter computes {dtype} wrongly; use float32")
+    quantised_kv = tuple(QUANTISED_KV)
     if device.type == "cuda" and torch.version.hip is None:
         found = torch.cuda.get_device_capability(device)
         if found < _OLDEST:
@@ -245,10 +252,13 @@ def _triton_over(reference: Kernels, device: torch.device, dtype: torch.dtype) -
                 f"{torch.cuda.get_device_name(device)} has compute capability {found[0]}.{found[1]}; the Triton kernels need "
                 f'{_OLDEST[0]}.{_OLDEST[1]} or newer: use kernels="reference"'
             )
+        if found < _OLDEST_FP8:
+            quantised_kv = (torch.int8,)
     from pagemill.kernels.gpu.ops import ops
 
     how = "triton (interpreted)" if interpreted else "triton"
-    return replace(reference, **ops(dtype), implementations=dict.fromkeys(_OPS, how))
+    fields: dict[str, Any] = dict(ops(dtype))
+    return replace(reference, **fields, quantised_kv=quantised_kv, implementations=dict.fromkeys(_OPS, how))
 
 
 def set_num_threads(count: int) -> None:

@@ -3,8 +3,9 @@
 The KV cache of one layer is two tensors in blocks of `block_size` tokens: `k_cache [num_blocks, Hk, D,
 block_size]`, keys transposed so that q k^T runs along keys, and `v_cache [num_blocks, Hk, block_size, D]`.
 Grouped queries (Ainslie et al., 2023): query head h reads kv head `h // (Hq // Hk)`. Everything is float32 or
-bfloat16; scores and sums are float32. An int8 cache has beside each of its two tensors float32 scales `[num_blocks, Hk,
-block_size]`, one per token and kv head: a key is its codes times its scale (symmetric, dynamic: max / 127).
+bfloat16; scores and sums are float32. A quantised cache, int8 or float8_e4m3fn, has beside each of its two tensors float32 scales
+`[num_blocks, Hk, block_size]`, one per token and kv head: a key is its codes times its scale (symmetric, dynamic: its largest
+magnitude over the largest code, 127 or 448). `Kernels.quantised_kv` says which of them an implementation takes.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from pagemill.kernels.check import expect, expect_tensor
 from pagemill.kernels.dlpack import dl
 
 __all__ = [
+    "QUANTISED_KV",
     "LayerCache",
     "kv_cache_shapes",
     "kv_scale_shape",
@@ -31,6 +33,8 @@ __all__ = [
 ]
 
 _DTYPES = (torch.float32, torch.bfloat16)
+QUANTISED_KV = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
+"""What keys and values may be quantised to, and its largest code."""
 Shape4 = tuple[int, int, int, int]
 
 
@@ -42,12 +46,12 @@ def kv_cache_shapes(
 
 
 def kv_scale_shape(num_blocks: int, num_kv_heads: int, block_size: int) -> tuple[int, int, int]:
-    """Shape of the scales of an int8 `k_cache`, and of those of its `v_cache`; contiguous."""
+    """Shape of the scales of a quantised `k_cache`, and of those of its `v_cache`; contiguous."""
     return num_blocks, num_kv_heads, block_size
 
 
 class LayerCache(NamedTuple):
-    """The KV cache of one layer; scales only where it is int8."""
+    """The KV cache of one layer; scales only where it is quantised."""
 
     keys: Tensor
     values: Tensor
@@ -62,8 +66,8 @@ def expect_cache(
     dtype: torch.dtype,
     shape: tuple[int | None, ...],
 ) -> None:
-    """Check a cache tensor of the compute `dtype`, or of int8 with a scale beside it."""
-    expect_tensor(f"{argument}_cache", cache, dtype if scale is None else torch.int8, shape)
+    """Check a cache tensor of the compute `dtype`, or of a quantised one with a scale beside it."""
+    expect_tensor(f"{argument}_cache", cache, dtype if scale is None else tuple(QUANTISED_KV), shape)
     if scale is not None:
         blocks, kv_heads, block_size = (
             cache.shape[0],
@@ -122,8 +126,8 @@ def paged_attention_reference(
     Sequence s owns the rows `query_start[s]:query_start[s + 1]` of `q [T, Hq, D]` (int32 `[S + 1]`, from 0 to
     T). They are the last tokens of its context of `context_lens[s]` tokens (int32 `[S]`), whose token p lies
     at offset `p % block_size` of block `block_tables[s, p // block_size]` (int32 `[S, max_blocks]`). Table
-    entries and slots past the context are never read. With `k_scale` and `v_scale` the caches are int8. ValueError for a
-    chunk longer than its context, or a block out of range.
+    entries and slots past the context are never read. With `k_scale` and `v_scale` the caches are quantised. ValueError
+    for a chunk longer than its context, or a block out of range.
     """
     _check_paged(q, k_cache, v_cache, block_tables, query_start, context_lens, k_scale, v_scale)
     num_blocks, kv_heads, head_dim, block_size = k_cache.shape
@@ -151,8 +155,8 @@ def paged_attention_reference(
         expect(low >= 0 and high < num_blocks, f"block_tables[{s}]", f"0..{num_blocks - 1}", f"{low}..{high}")
         k_blocks, v_blocks = k_cache[blocks], v_cache[blocks]
         if k_scale is not None and v_scale is not None:
-            k_blocks = k_blocks * k_scale[blocks][:, :, None, :]
-            v_blocks = v_blocks * v_scale[blocks][:, :, :, None]
+            k_blocks = k_blocks.float() * k_scale[blocks][:, :, None, :]
+            v_blocks = v_blocks.float() * v_scale[blocks][:, :, :, None]
         k = k_blocks.permute(1, 0, 3, 2).reshape(kv_heads, used * block_size, head_dim)[:, :context]
         v = v_blocks.permute(1, 0, 2, 3).reshape(kv_heads, used * block_size, head_dim)[:, :context]
         mask = None

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import pagemill._native as _native
-from pagemill.kernels.attention import expect_cache
+from pagemill.kernels.attention import QUANTISED_KV, expect_cache
 from pagemill.kernels.check import expect, expect_tensor
 from pagemill.kernels.dlpack import dl
 
@@ -42,6 +42,7 @@ def _check_cache(
     )
     expect_cache("k", k_cache, k_scale, qkv.dtype, (None, num_kv_heads, None, None))
     blocks, _, head_dim, block_size = k_cache.shape
+    expect(v_cache.dtype == k_cache.dtype, "v_cache", f"{k_cache.dtype} as k_cache", v_cache.dtype)
     expect_cache("v", v_cache, v_scale, qkv.dtype, (blocks, num_kv_heads, block_size, head_dim))
     expect_tensor("qkv", qkv, qkv.dtype, (None, (num_heads + 2 * num_kv_heads) * head_dim))
     expect_tensor("slots", slots, torch.int64, (qkv.shape[0],))
@@ -57,12 +58,14 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> None:
     x[..., :half] = rotated.to(x.dtype)
 
 
-def _quantise(x: Tensor) -> tuple[Tensor, Tensor]:
-    """int8 codes of `x [..., D]` and their float32 scales `[...]`; a vector below 1e-30 is zero."""
+def _quantise(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Codes of `x [..., D]` in int8 or float8_e4m3fn and their float32 scales `[...]`; a vector below 1e-30 is zero."""
+    largest = QUANTISED_KV[dtype]
     most = x.float().abs().amax(-1)
     seen = most > 1e-30
-    inverse = torch.where(seen, 127.0 / most, 0.0)
-    return (x.float() * inverse[..., None]).round().to(torch.int8), torch.where(seen, most / 127.0, 0.0)
+    codes = x.float() * torch.where(seen, largest / most, 0.0)[..., None]
+    codes = codes.round() if dtype == torch.int8 else codes  # fp8 is rounded by its conversion
+    return codes.to(dtype), torch.where(seen, most / largest, 0.0)
 
 
 def rotary_reference(x: Tensor, cos: Tensor, sin: Tensor) -> None:
@@ -87,9 +90,9 @@ def rotary_cache_reference(
     """Rotate q and k of `qkv [T, (Hq + 2 Hk) D]`, write k and v into the cache, return q `[T, Hq, D]`.
 
     Token t goes to the flat slot `slots[t] = block * block_size + offset` (int64 `[T]`); -1 writes nothing, and
-    no other slot comes twice. With `k_scale` and `v_scale` the caches are int8 and every key and value is quantised by itself,
-    symmetrically: scale = max |x| / 127, codes rounded to nearest even. The result is a view of `qkv`; what the rest of
-    `qkv` holds afterwards is unspecified. ValueError for a slot out of range.
+    no other slot comes twice. With `k_scale` and `v_scale` the caches are int8 or float8_e4m3fn and every key and
+    value is quantised by itself, symmetrically: scale = max |x| / 127 (fp8: / 448), codes rounded to nearest even. The result is
+    a view of `qkv`; what the rest of `qkv` holds afterwards is unspecified. ValueError for a slot out of range.
     """
     _check_cache(qkv, slots, k_cache, v_cache, num_heads, num_kv_heads, k_scale, v_scale)
     blocks, _, head_dim, block_size = k_cache.shape
@@ -109,8 +112,8 @@ def rotary_cache_reference(
     block, offset = slots[kept] // block_size, slots[kept] % block_size
     keys, values = k[kept], v[kept]
     if k_scale is not None and v_scale is not None:
-        keys, k_scale[block, :, offset] = _quantise(keys)
-        values, v_scale[block, :, offset] = _quantise(values)
+        keys, k_scale[block, :, offset] = _quantise(keys, k_cache.dtype)
+        values, v_scale[block, :, offset] = _quantise(values, v_cache.dtype)
     k_cache[block, :, :, offset] = keys
     v_cache[block, :, offset, :] = values
     return q

@@ -11,7 +11,7 @@ from pagemill.errors import ConfigError
 KernelChoice = Literal["auto", "reference", "native", "triton"]
 Quantize = Literal["none", "int8", "int4"]
 WeightCache = Literal["auto", "on", "off"]
-KvCacheDType = Literal["auto", "int8"]
+KvCacheDType = Literal["auto", "int8", "fp8"]
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,8 @@ class EngineConfig:
     `max_num_seqs` sequences of full length need."""
     kv_cache_fraction: float = 0.3
     kv_cache_dtype: KvCacheDType = "auto"
-    """What keys and values are stored in: auto is `dtype`; int8 holds about twice the tokens, each key and value scaled by
-    itself."""
+    """What keys and values are stored in: auto is `dtype`; int8 and fp8 (e4m3) hold about twice the tokens, each key and value
+    scaled by itself. fp8 needs the Triton kernels and a GPU of compute capability 8.9 or newer."""
     prefix_sharing: bool = True
     """Share the KV blocks of equal prompt beginnings."""
     prepare_threads: int = min(4, os.cpu_count() or 1)
@@ -78,8 +78,8 @@ class EngineConfig:
         for name in ("max_model_len", "kv_cache_bytes", "num_threads"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 refuse(name, "at least 1")
-        if self.kv_cache_dtype not in ("auto", "int8"):
-            refuse("kv_cache_dtype", "auto or int8")
+        if self.kv_cache_dtype not in ("auto", "int8", "fp8"):
+            refuse("kv_cache_dtype", "auto, int8 or fp8")
         if self.max_num_seqs > 1 << 16:
             refuse("max_num_seqs", f"at most {1 << 16}")
         if not 0 < self.kv_cache_fraction <= 1:

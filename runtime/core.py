@@ -41,6 +41,7 @@ from pagemill.scheduler import Scheduler, StepPlan
 from pagemill.sequence import FinishedAttempt, PageTask, Sequence, SequenceImage, Timeline
 from pagemill.stats import EngineStats
 
+_KV_DTYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 _DEFAULT_MODEL_LEN = 32768
 _MAX_DRAFT = 16  # tokens guessed for one sequence in one step
 GIVEN_ROWS = 256  # tokens of references judged in one step: a row of logits takes up to 0.6 MB
@@ -76,7 +77,12 @@ class EngineCore:
             raise ConfigError(
                 f"max_model_len {self.max_model_len} is beyond the model's {text.max_position_embeddings} positions"
             )
-        self.kv_dtype = torch.int8 if config.kv_cache_dtype == "int8" else dtype
+        self.kv_dtype = _KV_DTYPES.get(config.kv_cache_dtype, dtype)
+        if self.kv_dtype not in (dtype, *model.decoder.kernels.quantised_kv):
+            raise ConfigError(
+                f'kv_cache_dtype "{config.kv_cache_dtype}" needs the Triton kernels and a GPU of compute capability 8.9 or '
+                'newer; "int8" takes as many bytes'
+            )
         per_block = block_bytes(
             text.num_layers, text.num_kv_heads, text.head_dim, config.block_size, self.kv_dtype
         )

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pagemill.cache import ImageCache
 from pagemill.errors import ConfigError
-from pagemill.kernels import LayerCache, kv_scale_shape
+from pagemill.kernels import QUANTISED_KV, LayerCache, kv_scale_shape
 from pagemill.model.decoder import RaggedBatch
 from pagemill.model.loader import Model
 from pagemill.scheduler import StepPlan
@@ -25,8 +25,8 @@ their activations would be memory that the system maps and clears anew for every
 def block_bytes(
     model_layers: int, num_kv_heads: int, head_dim: int, block_size: int, dtype: torch.dtype
 ) -> int:
-    """Bytes that one KV block takes over all layers, keys and values; int8 ones have a float32 scale each."""
-    scale = torch.float32.itemsize if dtype == torch.int8 else 0
+    """Bytes that one KV block takes over all layers, keys and values; quantised ones have a float32 scale each."""
+    scale = torch.float32.itemsize if dtype in QUANTISED_KV else 0
     return 2 * model_layers * num_kv_heads * block_size * (head_dim * dtype.itemsize + scale)
 
 
@@ -34,7 +34,7 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
     """Zeroed memory. On the CPU the system gives a page at its first write: a budget costs nothing until it is used."""
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
-    plain = {torch.float32: np.float32, torch.bfloat16: np.uint16, torch.int8: np.int8}[dtype]
+    plain = {1: np.uint8, 2: np.uint16, 4: np.float32}[dtype.itemsize]
     return torch.from_numpy(np.zeros(shape, dtype=plain)).view(dtype)
 
 
@@ -65,7 +65,7 @@ class DeviceClock:
 
 
 class Runner:
-    """Owns the KV cache tensors (of `dtype`, int8 with scales) and the block-table array of running sequences."""
+    """Owns the KV cache tensors (of `dtype`, quantised ones with scales) and the block-table array of running sequences."""
 
     def __init__(
         self,
@@ -85,7 +85,7 @@ class Runner:
         shapes_of = model.decoder.kernels.kv_cache_shapes
         k_shape, v_shape = shapes_of(num_blocks, text.num_kv_heads, text.head_dim, block_size)
         shapes: list[tuple[tuple[int, ...], torch.dtype]] = [(k_shape, dtype), (v_shape, dtype)]
-        if dtype == torch.int8:
+        if dtype in QUANTISED_KV:
             shapes += 2 * [(kv_scale_shape(num_blocks, text.num_kv_heads, block_size), torch.float32)]
         try:
             self.kv_cache = [

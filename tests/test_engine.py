@@ -460,9 +460,11 @@ def test_threads_are_set_for_the_native_kernels_too():
         _native.set_num_threads(before)
 
 
-@pytest.mark.parametrize("dtype", ["auto", "int8"])
+@pytest.mark.parametrize("dtype", ["auto", "int8", "fp8"])
 def test_the_kv_budget_is_what_is_allocated(dtype):
     options = dict(kv_cache_bytes=20_000_000, kv_cache_dtype=dtype)
+    if dtype == "fp8":
+        options["kernels"] = "reference"
     with Engine.from_pretrained("pagemill-tiny", **options) as engine:
         allocated = sum(
             part.nbytes for layer in engine.core.runner.kv_cache for part in layer if part is not None
@@ -480,6 +482,8 @@ def test_the_kv_budget_is_what_is_allocated(dtype):
         (dict(block_size=0), ConfigError, "block_size should be at least 1"),
         (dict(max_num_seqs=10**9), ConfigError, "max_num_seqs should be at most 65536"),
         (dict(kv_cache_bytes=10**15), ConfigError, "more than the .* bytes of free memory"),
+        (dict(kv_cache_dtype="fp4"), ConfigError, "kv_cache_dtype should be auto, int8 or fp8"),
+        (dict(kv_cache_dtype="fp8"), ConfigError, '"fp8" needs the Triton kernels'),
         (dict(kernels="magic"), ConfigError, "kernels should be auto"),
         (dict(kernels="triton"), KernelUnavailable, "triton"),
         (dict(name="/no/such"), CheckpointError, "no model"),

@@ -24,6 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pagemill.kernels.gpu.codes import largest_code, to_codes
 from pagemill.kernels.linear import PackedLinear
 
 __all__ = ["MatmulTile", "linear", "pack_int4", "pack_plain", "pack_scaled", "quantize"]
@@ -280,9 +281,7 @@ def quantize_kernel(x, out, scale, K, x_row, out_row, LARGEST: tl.constexpr, TIL
     for k in range(0, out_row, TILE):
         at = k + tl.arange(0, TILE)
         y = tl.load(x + row * x_row + at, mask=at < K, other=0.0).to(tl.float32) / step
-        if out.dtype.element_ty == tl.int8:
-            y = (y + 12582912.0) - 12582912.0  # 1.5 * 2^23: to the nearest integer, ties to even
-        tl.store(out + row * out_row + at, y.to(out.dtype.element_ty), mask=at < out_row)
+        tl.store(out + row * out_row + at, to_codes(y, out), mask=at < out_row)
 
 
 def _pad_columns(weight: Tensor, columns: int) -> Tensor:
@@ -335,9 +334,8 @@ def quantize(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     out = torch.empty(m, _round_up(k, _ALIGN), dtype=dtype, device=x.device)
     scale = torch.empty(m, dtype=torch.float32, device=x.device)
     if m:
-        largest = 127.0 if dtype == torch.int8 else 448.0
         quantize_kernel[(m,)](
-            x, out, scale, k, x.stride(0), out.stride(0), LARGEST=largest, TILE=1024, num_warps=4
+            x, out, scale, k, x.stride(0), out.stride(0), LARGEST=largest_code(dtype), TILE=1024, num_warps=4
         )
     return out, scale
 

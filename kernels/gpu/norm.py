@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pagemill.kernels.gpu.codes import largest_code, to_codes
+
 __all__ = ["rms_norm", "rms_norm_quantized"]
 
 
@@ -29,11 +31,9 @@ def rms_norm_kernel(
         y = y.to(tl.float32)
         step = tl.maximum(tl.max(tl.abs(y), 0) / LARGEST, 1e-30)
         tl.store(scale + row, step)
-        y /= step
-        if out.dtype.element_ty == tl.int8:
-            y = (y + 12582912.0) - 12582912.0  # 1.5 * 2^23: to the nearest integer, ties to even
-        there = h < out_row
-    tl.store(out + row * out_row + h, y.to(out.dtype.element_ty), mask=there)
+        tl.store(out + row * out_row + h, to_codes(y / step, out), mask=h < out_row)
+    else:
+        tl.store(out + row * out_row + h, y.to(out.dtype.element_ty), mask=there)
 
 
 def _warps(tile: int) -> int:
@@ -61,7 +61,7 @@ def rms_norm_quantized(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype
     tile = triton.next_power_of_2(padded)
     if m:
         rms_norm_kernel[(m,)](
-            x, weight, out, scale, h, x.stride(0), padded, eps, LARGEST=127.0 if dtype == torch.int8 else 448.0,
-            TILE=tile, num_warps=_warps(tile),
+            x, weight, out, scale, h, x.stride(0), padded, eps, LARGEST=largest_code(dtype), TILE=tile,
+            num_warps=_warps(tile),
         )  # fmt: skip
     return out, scale

@@ -6,10 +6,11 @@ sines may be shared by the caller for any position scheme (M-RoPE of the decoder
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from pagemill.kernels.gpu.codes import largest_code, to_codes
 
 __all__ = ["rotary", "rotary_cache"]
 
@@ -46,12 +47,11 @@ def _keep(cache, scales, at, slot, first, second, HALF: tl.constexpr, LARGEST: t
         largest = tl.maximum(tl.max(tl.abs(first), 1), tl.max(tl.abs(second), 1))
         step = tl.maximum(largest / LARGEST, 1e-30)
         tl.store(scales + slot, step, mask=tl.max(mask.to(tl.int32), 1) > 0)
-        first, second = first / step[:, None], second / step[:, None]
-        if cache.dtype.element_ty == tl.int8:
-            first = (first + 12582912.0) - 12582912.0  # to the nearest integer, ties to even
-            second = (second + 12582912.0) - 12582912.0
-    tl.store(cache + at, first.to(cache.dtype.element_ty), mask=mask)
-    tl.store(cache + at + HALF, second.to(cache.dtype.element_ty), mask=mask)
+        tl.store(cache + at, to_codes(first / step[:, None], cache), mask=mask)
+        tl.store(cache + at + HALF, to_codes(second / step[:, None], cache), mask=mask)
+    else:
+        tl.store(cache + at, first.to(cache.dtype.element_ty), mask=mask)
+        tl.store(cache + at + HALF, second.to(cache.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -74,19 +74,20 @@ def rotary_cache_kernel(
 
     slot = tl.load(slots + token)
     if slot >= 0:
+        # Names of its own: a variable from outside a branch keeps its shape, and there are fewer kv heads.
         row = (slot // BLOCK * KV_HEADS + g) * BLOCK + slot % BLOCK
-        mask = (g < KV_HEADS)[:, None] & (i >= 0)[None, :]
-        at = token * qkv_token + (HEADS + g)[:, None] * D + i[None, :]
-        first, second = _rotated(qkv, at, c, s, HALF, mask)
+        written = (g < KV_HEADS)[:, None] & (i >= 0)[None, :]
+        k_at = token * qkv_token + (HEADS + g)[:, None] * D + i[None, :]
+        k_first, k_second = _rotated(qkv, k_at, c, s, HALF, written)
         kept = row[:, None] * D + i[None, :]
         # As the unfused op would: rounded to the compute dtype before anything else happens to it.
-        first = first.to(qkv.dtype.element_ty).to(tl.float32)
-        second = second.to(qkv.dtype.element_ty).to(tl.float32)
-        _keep(k_cache, k_scale, kept, row, first, second, HALF, LARGEST, mask)
-        at += KV_HEADS * D
-        first = tl.load(qkv + at, mask=mask, other=0.0).to(tl.float32)
-        second = tl.load(qkv + at + HALF, mask=mask, other=0.0).to(tl.float32)
-        _keep(v_cache, v_scale, kept, row, first, second, HALF, LARGEST, mask)
+        k_first = k_first.to(qkv.dtype.element_ty).to(tl.float32)
+        k_second = k_second.to(qkv.dtype.element_ty).to(tl.float32)
+        _keep(k_cache, k_scale, kept, row, k_first, k_second, HALF, LARGEST, written)
+        v_at = k_at + KV_HEADS * D
+        v_first = tl.load(qkv + v_at, mask=written, other=0.0).to(tl.float32)
+        v_second = tl.load(qkv + v_at + HALF, mask=written, other=0.0).to(tl.float32)
+        _keep(v_cache, v_scale, kept, row, v_first, v_second, HALF, LARGEST, written)
 
 
 def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> None:
@@ -115,7 +116,7 @@ def rotary_cache(
     """`rotary_cache_reference` for `k_cache`, `v_cache [num_blocks, Hk, block_size, D]`; int8 and float8 ones with scales."""
     tokens, d = qkv.shape[0], k_cache.shape[3]
     if tokens:
-        largest = 0.0 if k_scale is None else 127.0 if k_cache.dtype == torch.int8 else 448.0
+        largest = 0.0 if k_scale is None else largest_code(k_cache.dtype)
         rotary_cache_kernel[(tokens,)](
             qkv, cos, sin, slots, k_cache, v_cache, qkv if k_scale is None else k_scale, qkv if v_scale is None else v_scale,
             qkv.stride(0), HEADS=num_heads, KV_HEADS=num_kv_heads, HALF=d // 2,

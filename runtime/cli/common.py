@@ -42,7 +42,7 @@ stderr = Console(stderr=True)
 
 Device = Literal["cpu", "cuda"]
 DType = Literal["auto", "bfloat16", "float32"]
-KvCacheDType = Literal["auto", "int8"]
+KvCacheDType = Literal["auto", "int8", "fp8"]
 
 ModelOption = Annotated[
     str,
@@ -108,7 +108,7 @@ KvCacheDTypeOption = Annotated[
     KvCacheDType,
     typer.Option(
         "--kv-cache-dtype",
-        help="What the KV cache is stored in; auto is the arithmetic, int8 holds twice the pages.",
+        help="What the KV cache is stored in; auto is the arithmetic; int8 and fp8 (newer GPUs) hold twice the pages.",
     ),
 ]
 

@@ -90,6 +90,8 @@ class Precision:
     """Bytes of one number between the matrix products."""
     kv_bytes: float = 2
     """Bytes of one element of the KV cache, scales included."""
+    kv_dtype: str = "auto"
+    """One of `KV_DTYPES`."""
 
 
 PRECISIONS = {
@@ -107,7 +109,7 @@ PRECISIONS = {
         Precision("w4a16", 0.5 + 2.5 / 128, "bfloat16"),
     )
 }
-_KV_BYTES = {"int8": 1 + 4 / 128}  # a scale of 32 bits for each head of a token
+_KV_BYTES = dict.fromkeys(("int8", "fp8"), 1 + 4 / 128)  # a scale of 32 bits for each head of a token
 KV_DTYPES = ("auto", *_KV_BYTES)
 """Of the KV cache, as `EngineConfig.kv_cache_dtype`; auto is as the activations."""
 
@@ -121,7 +123,8 @@ def find_precision(name: str, kv_cache_dtype: str = "auto") -> Precision:
     found = PRECISIONS[name]
     if kv_cache_dtype == "auto":
         return found
-    return replace(found, name=f"{name}, KV {kv_cache_dtype}", kv_bytes=_KV_BYTES[kv_cache_dtype])
+    name, kv_bytes = f"{name}, KV {kv_cache_dtype}", _KV_BYTES[kv_cache_dtype]
+    return replace(found, name=name, kv_bytes=kv_bytes, kv_dtype=kv_cache_dtype)
 
 
 @dataclass(frozen=True)
@@ -311,6 +314,8 @@ class StepCost:
         e = self.efficiency = efficiency
         self.shape, self.precision, self.device = shape, precision, device
         bandwidth = device.bandwidth * e.bandwidth
+        if precision.kv_dtype == "fp8":
+            device.rate("fp8")  # raises: a device without the arithmetic has no conversions either
         vision_rate = device.rate(precision.vision_arithmetic)
         self._layer_s = 2 * shape.layer_params / (device.rate(precision.arithmetic) * e.matmul)
         self._layer_read_s = precision.weight_bytes * shape.layer_params / bandwidth

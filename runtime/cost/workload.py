@@ -186,7 +186,7 @@ _SWEEPS: Mapping[str, Callable[[str], Any]] = {
     "rate": _rate,
     "dtype": _word("auto", "bfloat16", "float32"),
     "quantize": _word("none", "int8", "int4"),
-    "kv_cache_dtype": _word("auto", "int8"),
+    "kv_cache_dtype": _word("auto", "int8", "fp8"),
     "kernels": _word("auto", "reference", "native", "triton"),
     "guard": _word("rescue", "stop", "off"),
     "guidance": _word("auto", "page", "off"),

@@ -210,12 +210,16 @@ def test_impossible_money_is_refused(wrong):
     [
         (lambda: find_shape("70b"), "unknown model shape '70b'; give 3b, 7b"),
         (lambda: find_precision("fp2"), "unknown precision 'fp2'; known are float32"),
-        (lambda: find_precision("int8", "fp4"), "unknown kv_cache_dtype 'fp4'; known are auto, int8"),
+        (lambda: find_precision("int8", "fp4"), "unknown kv_cache_dtype 'fp4'; known are auto, int8, fp8"),
         (lambda: PageStats(image_tokens=0), "image_tokens of a page should be at least 1"),
         (lambda: PageStats(output_sigma=math.nan), "output_sigma of a page should be at least 0"),
         (lambda: Efficiency(0, 1, 1, 1), "the matmul efficiency should be a share above 0"),
         (lambda: Efficiency(1, 1, 1, 1, step_s=-1), "the step_s of an efficiency should be at least 0"),
         (lambda: cost(device=find_device("a100-40"), precision="fp8"), "a100-40 has no fp8"),
+        (
+            lambda: StepCost(Shape(SHAPES["3b"]), find_precision("int8", "fp8"), find_device("a100-40")),
+            "a100-40 has no fp8",
+        ),
         (lambda: predict(cost(), PageStats(), 0), "concurrency should be from 1"),
         (lambda: predict(cost(), PageStats(), 64, max_step_tokens=64), "no room beside 64 pages"),
         (lambda: predict(cost(), PageStats(), 64, count=0), "a run has at least one page, got 0"),

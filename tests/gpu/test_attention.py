@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from pagemill.kernels.attention import QUANTISED_KV
 from pagemill.kernels.gpu.attention import Tile, paged_attention, varlen_attention
 from tests.gpu.conftest import bound, error
 
@@ -77,15 +78,18 @@ def test_paged_matches_float64(
     assert error(found, batch.expected(scale)) < bound(dtype)
 
 
+@pytest.mark.parametrize("kept", [torch.int8, torch.float8_e4m3fn], ids=["int8", "fp8"])
 @pytest.mark.parametrize("splits", [1, 4])
-def test_paged_int8(dtype: torch.dtype, splits: int) -> None:
+def test_paged_over_a_quantised_cache(dtype: torch.dtype, splits: int, kept: torch.dtype) -> None:
+    """Unused slots are NaN, in int8 77 with a scale of NaN."""
     batch = Batch(8, 2, 64, 16, dtype)
     scales = {}
     for name in ("k", "v"):
         cache = getattr(batch, name).float()
-        scale = cache.abs().amax(-1) / 127
-        codes = (cache / scale[..., None]).round()
-        setattr(batch, name, codes.nan_to_num(77).to(torch.int8))
+        scale = cache.abs().amax(-1) / QUANTISED_KV[kept]
+        codes = cache / scale[..., None]
+        codes = codes.round() if kept == torch.int8 else codes.to(kept).float()
+        setattr(batch, name, (codes.nan_to_num(77) if kept == torch.int8 else codes).to(kept))
         scales[f"{name}_scale"] = scale
         rounded = codes * scale[..., None]
         for s, table in enumerate(batch.tables):

@@ -7,6 +7,7 @@ from pagemill.kernels import activation as cpu_activation
 from pagemill.kernels import norm as cpu_norm
 from pagemill.kernels import rotary as cpu_rotary
 from pagemill.kernels import sampling as cpu_sampling
+from pagemill.kernels.attention import QUANTISED_KV
 from pagemill.kernels.gpu import activation, embed, norm, rotary, sampling
 
 
@@ -59,14 +60,19 @@ def test_rotary_with_the_cache(
     close(q, cpu_rotary.rotary_cache_reference(qkv.clone(), cos, sin, slots, k_cpu, v_cpu, heads, kv_heads))
     close(k, k_cpu.transpose(2, 3))
     assert torch.equal(v, v_cpu)
-    codes = [torch.zeros(shape, dtype=torch.int8) for _ in range(2)]
-    scales = [torch.zeros(shape[:3]) for _ in range(2)]
-    rotary.rotary_cache(qkv.clone(), cos, sin, slots, *codes, heads, kv_heads, *scales)
-    for code, scale, whole in zip(codes, scales, (k, v), strict=True):
-        written = scale > 0
-        assert written.sum() == 3 * kv_heads
-        apart = (code * scale[..., None] - whole.float())[written]
-        assert (apart.abs() <= 0.51 * scale[written][:, None]).all()
+    for kept, largest in QUANTISED_KV.items():
+        codes = [torch.zeros(shape, dtype=kept) for _ in range(2)]
+        scales = [torch.zeros(shape[:3]) for _ in range(2)]
+        rotary.rotary_cache(qkv.clone(), cos, sin, slots, *codes, heads, kv_heads, *scales)
+        for code, scale, whole in zip(codes, scales, (k.double(), v.double()), strict=True):
+            written = scale > 0
+            assert written.sum() == 3 * kv_heads
+            scale, whole, found = scale[written][:, None].double(), whole[written], code[written].double()
+            torch.testing.assert_close(scale, whole.abs().amax(-1, keepdim=True) / largest)
+            # int8: half a code; fp8: half of the last of its four bits, at least of the smallest number's
+            half = 0.5 if kept == torch.int8 else (found.abs() / 16).clamp_min(2.0**-10)
+            assert ((found - whole / scale).abs() <= half * 1.001).all()
+            assert not code.float()[~written].any()
 
 
 def test_activations(dtype: torch.dtype) -> None:

@@ -78,6 +78,22 @@ def test_quantize() -> None:
     torch.testing.assert_close(codes[:2, :70].float(), (x[:2] / scale[:2, None]).round())
 
 
+def test_quantize_to_fp8() -> None:
+    """A row whose largest is 448 keeps its scale of 1: its codes are those of torch's conversion, to nearest, ties to even."""
+    every = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    every = every[every.isfinite()].sort().values
+    between = (every[1:] + every[:-1]) / 2
+    x = torch.cat(
+        [every, between, between.nextafter(every[1:]), torch.randn(400) * 100, torch.randn(400) / 100]
+    )
+    x = x.clamp(-448, 448)[None]
+    codes, scale = quantize(x, torch.float8_e4m3fn)
+    assert scale.item() == 1
+    wanted = x.to(torch.float8_e4m3fn)
+    assert torch.equal(codes[:, : x.shape[1]].float(), wanted.float())
+    assert not codes[:, x.shape[1] :].float().any()
+
+
 def test_no_rows() -> None:
     weight = torch.randn(8, 16)
     assert linear(torch.randn(0, 16), pack_plain(weight), tile=tile(1, 1)).shape == (0, 8)

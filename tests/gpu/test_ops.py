@@ -4,12 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from micro import IMAGE, Ask, World, drain
 from PIL import Image
 from torch import Tensor
 
 from pagemill import Engine, SamplingParams
 from pagemill.errors import KernelUnavailable
-from pagemill.kernels import Kernels, Scheme, kv_scale_shape, select
+from pagemill.kernels import QUANTISED_KV, Kernels, Scheme, kv_scale_shape, select
 
 CPU = torch.device("cpu")
 PAGE = Path(__file__).parents[2] / "bench" / "pages" / "form_24.png"
@@ -95,9 +96,11 @@ def test_angles_and_pixels(triton: Kernels, reference: Kernels) -> None:
     assert torch.equal(ours, theirs)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
+@pytest.mark.parametrize(
+    ("dtype", "bound"), [(torch.float32, 1e-6), (torch.int8, 0.01), (torch.float8_e4m3fn, 0.01)]
+)
 def test_attention_over_the_cache_that_it_wrote(
-    triton: Kernels, reference: Kernels, dtype: torch.dtype
+    triton: Kernels, reference: Kernels, dtype: torch.dtype, bound: float
 ) -> None:
     """Two sequences, a prefill and a decode step, each through its own cache layout."""
     heads, kv_heads, head_dim, block = 8, 2, 32, 4
@@ -109,12 +112,12 @@ def test_attention_over_the_cache_that_it_wrote(
     found = []
     for kernels in (triton, reference):
         caches = [torch.zeros(s, dtype=dtype) for s in kernels.kv_cache_shapes(8, kv_heads, head_dim, block)]
-        if dtype == torch.int8:
+        if dtype in QUANTISED_KV:
             caches += [torch.zeros(kv_scale_shape(8, kv_heads, block)) for _ in range(2)]
         k, v, *scales = caches
         q = kernels.rotary_cache(qkv.clone(), cos, sin, slots, k, v, heads, kv_heads, *scales)
         found.append(kernels.paged_attention(q, k, v, tables, query_start, lens, 0.2, *scales))
-    assert off(*found) < (1e-6 if dtype == torch.float32 else 0.01)
+    assert off(*found) < bound
 
 
 def test_attention_of_segments(triton: Kernels, reference: Kernels) -> None:
@@ -142,3 +145,17 @@ def test_a_page_is_read_as_with_the_reference(tmp_path: Path) -> None:
     assert texts[0] == texts[1]
     assert texts[0][0]
     assert texts[0][1] is None
+
+
+def test_requests_with_fp8_keys_and_values_are_read_as_with_the_reference(tmp_path: Path) -> None:
+    """Prompts with images of a random model: prefilled in chunks, decoded together, beginnings shared."""
+    requests = [Ask((3, IMAGE, 1, 2, 4), (3,), 5), Ask((3, IMAGE, 1, 2, 5), (3,), 3), Ask((5, 1), (), 4)]
+    outputs = []
+    for kernels in ("triton", "reference"):
+        world = World(tmp_path / kernels, kernels)
+        core = world.core(kv_cache_dtype="fp8", max_step_tokens=8, block_size=2)
+        sequences = [world.add(core, request) for request in requests]
+        drain(core)
+        outputs.append([seq.output_ids for seq in sequences])
+    assert outputs[0] == outputs[1]
+    assert [len(ids) for ids in outputs[0]] == [5, 3, 4]

@@ -69,6 +69,17 @@ def test_what_cannot_run_is_refused(kind: str, device: str, dtype: torch.dtype) 
         select(kind, torch.device(device), dtype)
 
 
+@pytest.mark.parametrize(("capability", "takes"), [((8, 0), False), ((8, 9), True), ((10, 0), True)])
+def test_fp8_keys_and_values_need_a_gpu_that_converts_them(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], takes: bool
+) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    chosen = select("triton", torch.device("cuda"), torch.bfloat16)
+    assert (torch.float8_e4m3fn in chosen.quantised_kv) == takes
+    assert torch.int8 in chosen.quantised_kv
+
+
 def test_a_gpu_that_is_too_old_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
