@@ -142,6 +142,8 @@ class Kernels:
     greedy: GreedyOp
     kv_cache_shapes: Callable[[int, int, int, int], tuple[Shape4, Shape4]]
     implementations: Mapping[str, str]
+    capturable: bool = False
+    """Whether a CUDA graph can record the ops: none of them looks at a value, which would wait for the device."""
 
     def describe(self) -> dict[str, str]:
         """Op name to what runs it, e.g. `{"linear": "native (avx512)", ...}`."""
@@ -240,7 +242,7 @@ def _triton_over(reference: Kernels, device: torch.device, dtype: torch.dtype) -
     from pagemill.kernels.gpu.ops import ops
 
     how = "triton (interpreted)" if interpreted else "triton"
-    return replace(reference, **ops(dtype), implementations=dict.fromkeys(_OPS, how))
+    return replace(reference, **ops(dtype), implementations=dict.fromkeys(_OPS, how), capturable=True)
 
 
 def set_num_threads(count: int) -> None:

@@ -47,6 +47,8 @@ class EngineConfig:
     kv_cache_dtype: KvCacheDType = "auto"
     """What keys and values are stored in: auto is `dtype`; int8 holds about twice the tokens, each key and value scaled by
     itself."""
+    cuda_graphs: bool = True
+    """On a GPU: record the steps that only decode when the engine starts, so that each is one call."""
     prefix_sharing: bool = True
     """Share the KV blocks of equal prompt beginnings."""
     prepare_threads: int = min(4, os.cpu_count() or 1)
