@@ -156,6 +156,8 @@ class Kernels:
     quantised_kv: tuple[torch.dtype, ...]
     """What the KV cache may be stored in besides the compute dtype."""
     implementations: Mapping[str, str]
+    capturable: bool = False
+    """Whether a CUDA graph can record the ops: none of them looks at a value, which would wait for the device."""
 
     def describe(self) -> dict[str, str]:
         """Op name to what runs it, e.g. `{"linear": "native (avx512)", ...}`."""
@@ -257,8 +259,8 @@ def _triton_over(reference: Kernels, device: torch.device, dtype: torch.dtype) -
     from pagemill.kernels.gpu.ops import ops
 
     how = "triton (interpreted)" if interpreted else "triton"
-    fields: dict[str, Any] = dict(ops(dtype))
-    return replace(reference, **fields, quantised_kv=quantised_kv, implementations=dict.fromkeys(_OPS, how))
+    chosen = replace(reference, **ops(dtype), implementations=dict.fromkeys(_OPS, how))
+    return replace(chosen, quantised_kv=quantised_kv, capturable=True)
 
 
 def set_num_threads(count: int) -> None:

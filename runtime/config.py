@@ -47,6 +47,8 @@ class EngineConfig:
     kv_cache_dtype: KvCacheDType = "auto"
     """What keys and values are stored in: auto is `dtype`; int8 and fp8 (e4m3) hold about twice the tokens, each key and value
     scaled by itself. fp8 needs the Triton kernels and a GPU of compute capability 8.9 or newer."""
+    cuda_graphs: bool = True
+    """On a GPU: record the steps that only decode when the engine starts, so that each is one call."""
     prefix_sharing: bool = True
     """Share the KV blocks of equal prompt beginnings."""
     prepare_threads: int = min(4, os.cpu_count() or 1)

@@ -31,6 +31,7 @@ from pagemill.decode.page import is_degenerate, is_json_object, parse_page
 from pagemill.decode.sampler import SamplingParams, Want, sample
 from pagemill.decode.verdict import Attempt, best_attempt, confidence, num_printed, text_mismatch
 from pagemill.errors import ConfigError, RequestError, sentence
+from pagemill.gpu import gpu_of
 from pagemill.model.loader import Model
 from pagemill.model.prompt import Prompter
 from pagemill.model.rope import mrope_positions
@@ -72,6 +73,7 @@ class EngineCore:
     ) -> None:
         text = model.config.text
         self.model, self.prompter, self.config = model, prompter, config
+        self.gpu = gpu_of(model.vision.device)
         self.max_model_len = config.max_model_len or min(text.max_position_embeddings, _DEFAULT_MODEL_LEN)
         if self.max_model_len > text.max_position_embeddings:
             raise ConfigError(
@@ -118,7 +120,10 @@ class EngineCore:
             max_model_len=self.max_model_len,
             device=model.vision.device,
             dtype=self.kv_dtype,
+            gpu=self.gpu,
         )
+        if config.cuda_graphs:
+            self.runner.record_graphs()
         self._draft_indexes: OrderedDict[str, DraftIndex] = OrderedDict()
         self.draft_budget = DraftBudget()
         self.page_format = page_format or PageFormat()

@@ -780,6 +780,8 @@ class Engine:
             # Torch has only glue left to do here. Its OpenMP threads would wait for each other at barriers on cores that
             # the native kernels use: milliseconds for microseconds of work.
             torch.set_num_threads(1)
+        if self.core.gpu is not None:
+            self.core.gpu.use()
         commands: list[Callable[[], None]] = []
         try:
             while not self._closed:

@@ -11,11 +11,14 @@ from torch import Tensor
 
 from pagemill.cache import ImageCache
 from pagemill.errors import ConfigError
+from pagemill.gpu import Gpu
+from pagemill.graphs import DecodeGraphs
 from pagemill.kernels import QUANTISED_KV, LayerCache, kv_scale_shape
 from pagemill.model.decoder import RaggedBatch
 from pagemill.model.loader import Model
 from pagemill.scheduler import StepPlan
 from pagemill.sequence import Sequence, SequenceImage
+from pagemill.staging import Staging
 
 _CPU_ENCODE_TOKENS = 512
 """Image tokens that go through the vision tower together on a CPU, or one larger image: more would leave the caches, and
@@ -78,8 +81,9 @@ class Runner:
         max_model_len: int,
         device: torch.device,
         dtype: torch.dtype,
+        gpu: Gpu | None = None,
     ) -> None:
-        self.model, self.images, self.device = model, images, device
+        self.model, self.images, self.device, self.gpu = model, images, device, gpu
         self.block_size = block_size
         text = model.config.text
         shapes_of = model.decoder.kernels.kv_cache_shapes
@@ -99,7 +103,27 @@ class Runner:
         self._marks: tuple[Any, Any, Any] | None = None
         """Of the last step: before its images, after them, after the decoder."""
         self._encode_tokens = _CPU_ENCODE_TOKENS if device.type == "cpu" else 1 << 30
+        self._max_model_len = max_model_len
         self._block_tables = np.zeros((max_num_seqs, -(-max_model_len // block_size)), dtype=np.int32)
+        self._staging = None if gpu is None else Staging(gpu)
+        self._graphs: DecodeGraphs | None = None
+
+    def record_graphs(self) -> None:
+        """Record the steps that only decode; nothing on a device without graphs, or with kernels that look at values."""
+        if self.gpu is None or self._staging is None or not self.model.decoder.kernels.capturable:
+            return
+        self.model.settle()
+        decoder = self.model.decoder
+        decoder.rope.tables(self._max_model_len - 1)
+        max_num_seqs, max_blocks = self._block_tables.shape
+        self._graphs = DecodeGraphs(
+            self.gpu,
+            self._staging,
+            lambda batch: decoder(batch, self.kv_cache),
+            max_num_seqs=max_num_seqs,
+            max_blocks=max_blocks,
+            vocab_size=self.model.config.text.vocab_size,
+        )
 
     def execute(self, plan: StepPlan) -> Tensor:
         """Run one step. Returns logits float32 `[R, V]`: for each of `plan.wanting()` a row after its last token, and one
@@ -136,7 +160,16 @@ class Runner:
                         tensor[destination] = tensor[source]
         if not plan.work:
             return torch.empty(0, self.model.config.text.vocab_size)
-        return self.model.decoder(self._lay_out(plan), self.kv_cache)
+        arrays, image_embeds = self._lay_out(plan)
+        if self._graphs is not None and self._graphs.takes(arrays):
+            return self._graphs(arrays)
+        if self._staging is None:
+            tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        else:
+            tensors = self._staging.bring(arrays)
+        max_position = int(arrays["positions"].max())
+        batch = RaggedBatch(**tensors, max_position=max_position, image_embeds=image_embeds)
+        return self.model.decoder(batch, self.kv_cache)
 
     def _encode(self, encode: list[tuple[Sequence, SequenceImage]]) -> None:
         while encode:
@@ -154,8 +187,11 @@ class Runner:
         for (_, image), embedding in zip(encode, embeddings, strict=True):
             self.images.put(image.digest, embedding)
 
-    def _lay_out(self, plan: StepPlan) -> RaggedBatch:
-        """Flatten the plan's work. Per-token arrays are built from per-sequence ones without a Python loop over tokens."""
+    def _lay_out(self, plan: StepPlan) -> tuple[dict[str, npt.NDArray[Any]], Tensor | None]:
+        """Flatten the plan's work: the arrays of a `RaggedBatch`, and its image embeddings.
+
+        Per-token arrays are built from per-sequence ones without a Python loop over tokens.
+        """
         work, block_size = plan.work, self.block_size
         token_ids: list[int] = []
         logit_rows: list[int] = []
@@ -211,16 +247,15 @@ class Runner:
 
         context_lens = (starts + counts).astype(np.int32)
         width = -(-int(context_lens.max()) // block_size)
-        device = self.device
-        return RaggedBatch(
-            token_ids=torch.from_numpy(np.array(token_ids, dtype=np.int64)).to(device),
-            positions=torch.from_numpy(positions).to(device),
-            max_position=int(positions.max()),
-            slots=torch.from_numpy(slots).to(device),
-            query_start=torch.from_numpy(query_start).to(device),
-            context_lens=torch.from_numpy(context_lens).to(device),
-            block_tables=torch.from_numpy(self._block_tables[rows, :width]).to(device),
-            logit_rows=torch.from_numpy(np.array(logit_rows, dtype=np.int64)).to(device),
-            image_index=torch.from_numpy(image_index).to(device) if image_embeds else None,
-            image_embeds=torch.cat(image_embeds) if image_embeds else None,
-        )
+        arrays: dict[str, npt.NDArray[Any]] = {
+            "token_ids": np.array(token_ids, dtype=np.int64),
+            "positions": positions,
+            "slots": slots,
+            "query_start": query_start,
+            "context_lens": context_lens,
+            "block_tables": self._block_tables[rows, :width],
+            "logit_rows": np.array(logit_rows, dtype=np.int64),
+        }
+        if image_embeds:
+            arrays["image_index"] = image_index
+        return arrays, torch.cat(image_embeds) if image_embeds else None

@@ -56,11 +56,11 @@ class Ask:
 
 
 class World:
-    def __init__(self, folder, kind="auto"):
+    def __init__(self, folder, kind="auto", chosen=None):
         folder = write_checkpoint(folder, *PRESETS["micro"], std=0.25, dtype=torch.float32)
         config = read_config(folder)
         device = torch.device("cpu")
-        chosen = kernels.select(kind, device, torch.float32)
+        chosen = chosen or kernels.select(kind, device, torch.float32)
         self.model = load_model(folder, config, chosen, device, torch.float32)
         self.prompter = Prompter(folder, config.text.vocab_size, config.image_token_id)
         self.alone: dict[Ask, list[int]] = {}

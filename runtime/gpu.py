@@ -1,0 +1,62 @@
+"""What an engine asks of a GPU besides arithmetic: pinned memory, copies behind its back, graphs.
+
+A CPU needs none of it. This is the one seam to a device: tests put a fake in its place (`tests/fake_gpu.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Gpu:
+    """One CUDA (or HIP) device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._side: torch.cuda.Stream | None = None
+        self._pool: Any = None
+
+    def use(self) -> None:
+        """Make it this thread's device: Triton launches on the current one, whatever its arguments lie on."""
+        torch.cuda.set_device(self.device)
+
+    def host_memory(self, num_bytes: int) -> Tensor:
+        """Pinned memory, uint8 `[num_bytes]`: only from there does a copy run behind the calls."""
+        return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
+
+    def copy(self, memory: Tensor, to: Tensor) -> Callable[[], None]:
+        """Copy pinned memory to the device, behind the calls; return what waits until it has been read."""
+        to.copy_(memory, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(self.device))
+        return event.synchronize
+
+    def capture(self, run: Callable[[], None]) -> Callable[[], None]:
+        """Record what `run` gives the device; return what makes it do the same again, on the same memory.
+
+        `run` is called for its kernels first, on a stream beside, for compiling and loading them cannot be recorded. It must look
+        at no value, and all its memory that outlives it must be there before. Graphs share one pool: record the largest first.
+        """
+        with torch.cuda.device(self.device):
+            current = torch.cuda.current_stream()
+            if self._side is None:
+                self._side = torch.cuda.Stream()
+                self._pool = torch.cuda.graph_pool_handle()
+            self._side.wait_stream(current)
+            with torch.cuda.stream(self._side):
+                run()
+            current.wait_stream(self._side)
+            graph = torch.cuda.CUDAGraph()
+            # thread_local: what another engine's thread does meanwhile, allocate say, does not end the recording.
+            with torch.cuda.graph(graph, self._pool, self._side, "thread_local"):
+                run()
+        return graph.replay
+
+
+def gpu_of(device: torch.device) -> Gpu | None:
+    """The GPU behind a torch device; None for a CPU."""
+    return Gpu(device) if device.type == "cuda" else None

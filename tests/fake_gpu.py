@@ -1,0 +1,82 @@
+"""A GPU made of the CPU, that is as strict as a real one about what a graph may use."""
+
+from dataclasses import replace
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from pagemill.gpu import Gpu
+
+
+class Reads(TorchDispatchMode):
+    """Which memory from outside a run's operations take."""
+
+    def __init__(self):
+        super().__init__()
+        self.outside, self.made = {}, {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        for tensor in tree_leaves((args, kwargs)):
+            if isinstance(tensor, torch.Tensor) and tensor.numel():
+                at = tensor.untyped_storage().data_ptr()
+                if at not in self.made:
+                    self.outside[at] = tensor  # kept, so that no other memory gets the address
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                at = tensor.untyped_storage().data_ptr()
+                if at not in self.outside:
+                    self.made[at] = tensor
+        return out
+
+
+class FakeGpu(Gpu):
+    """A graph runs again what it recorded, and fails where that takes other memory than it did; pinned memory may not be
+    written before its copy has been waited for.
+    """
+
+    def __init__(self):
+        super().__init__(torch.device("cpu"))
+        self.recorded = 0
+        self.replayed = []
+        """Number of the graph, in the order of recording."""
+        self.copies = 0
+
+    def use(self):
+        pass
+
+    def host_memory(self, num_bytes):
+        return torch.full((num_bytes,), 0x55, dtype=torch.uint8)
+
+    def copy(self, memory, to):
+        to.copy_(memory)
+        self.copies += 1
+        sent = memory.clone()
+
+        def wait():
+            assert torch.equal(memory, sent), "pinned memory was written while it was copied"
+
+        return wait
+
+    def capture(self, run):
+        run()
+        with Reads() as recorded:
+            run()
+        number = self.recorded
+        self.recorded += 1
+
+        def replay():
+            with Reads() as now:
+                run()
+            assert set(now.outside) <= set(recorded.outside), (
+                "a graph takes memory that it was not recorded with"
+            )
+            self.replayed.append(number)
+
+        return replay
+
+
+def capturable(kernels):
+    """The kernels, as if they could be recorded: of the fake they can."""
+    return replace(kernels, capturable=True)

@@ -1,0 +1,89 @@
+"""A step of decoding can be recorded: from its inputs to its logits nothing looks at a value."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from make_checkpoint import PRESETS, write_checkpoint
+
+from pagemill.kernels import Kernels, LayerCache, kv_scale_shape, select
+from pagemill.model.config import read_config
+from pagemill.model.decoder import RaggedBatch
+from pagemill.model.loader import load_model
+
+META = torch.device("meta")
+"""Tensors of a shape and no values: to ask one for a value, or for a shape that depends on one, is an error."""
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the kernels that were launched; they compute nothing."""
+    triton = pytest.importorskip("triton")
+    interpreter = pytest.importorskip("triton.runtime.interpreter")
+    names: list[str] = []
+
+    def launch(self: object, *args: object, **kwargs: object) -> None:
+        names.append(self.fn.__name__)  # type: ignore[attr-defined]
+
+    monkeypatch.setattr(interpreter.InterpretedFunction, "run", launch)
+    monkeypatch.setattr(triton.runtime.jit.JITFunction, "run", launch)
+    return names
+
+
+def decode(kernels: Kernels, folder: Path, quantize: str = "none", int8_cache: bool = False) -> torch.Tensor:
+    """Logits, without values, of three sequences of the micro model."""
+    write_checkpoint(folder, *PRESETS["micro"], std=0.25, dtype=torch.float32)
+    config = read_config(folder)
+    text = config.text
+    decoder = load_model(folder, config, kernels, META, torch.float32, quantize=quantize).decoder
+    decoder.rope.tables(2047)
+    size, blocks, block_size = 3, 20, 16
+    shapes: list[tuple[int, ...]] = [
+        *kernels.kv_cache_shapes(blocks, text.num_kv_heads, text.head_dim, block_size)
+    ]
+    dtypes = [torch.int8 if int8_cache else torch.float32] * 2
+    if int8_cache:
+        shapes += [kv_scale_shape(blocks, text.num_kv_heads, block_size)] * 2
+        dtypes += [torch.float32] * 2
+
+    def ids(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device=META)
+
+    with torch.device(META):
+        cache = [
+            LayerCache(
+                *(torch.empty(shape, dtype=dtype) for shape, dtype in zip(shapes, dtypes, strict=True))
+            )
+            for _ in range(text.num_layers)
+        ]
+    batch = RaggedBatch(
+        token_ids=ids(size),
+        positions=ids(3, size),
+        max_position=0,
+        slots=ids(size),
+        query_start=ids(size + 1, dtype=torch.int32),
+        context_lens=ids(size, dtype=torch.int32),
+        block_tables=ids(size, 128, dtype=torch.int32),
+        logit_rows=ids(size),
+    )
+    logits: torch.Tensor = decoder(batch, cache)
+    assert logits.shape == (size, text.vocab_size)
+    return logits
+
+
+@pytest.mark.parametrize(("quantize", "int8_cache"), [("none", True), ("int8", False), ("int4", False)])
+def test_decoding_looks_at_no_value(
+    tmp_path: Path, launches: list[str], quantize: str, int8_cache: bool
+) -> None:
+    triton = select("triton", torch.device("cpu"), torch.float32)
+    assert triton.capturable
+    assert decode(triton, tmp_path, quantize, int8_cache).is_meta
+    assert {"embed_kernel", "paged_kernel", "rotary_cache_kernel"} <= set(launches)
+
+
+def test_the_reference_looks_at_values(tmp_path: Path) -> None:
+    """So the test above can fail; and `capturable` is false."""
+    reference = select("reference", torch.device("cpu"), torch.float32)
+    assert not reference.capturable
+    with pytest.raises(RuntimeError, match="meta"):
+        decode(reference, tmp_path)
