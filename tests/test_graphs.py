@@ -50,7 +50,7 @@ def native(world, monkeypatch):
 def reference(tmp_path_factory):
     """The micro model with kernels whose every operation the fake sees."""
     chosen = replace(kernels.select("reference", CPU, torch.float32), capturable=True)
-    return World(tmp_path_factory.mktemp("reference"), chosen)
+    return World(tmp_path_factory.mktemp("reference"), chosen=chosen)
 
 
 def run(world, core, outputs=None):
