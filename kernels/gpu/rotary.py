@@ -73,20 +73,20 @@ def rotary_cache_kernel(
     tl.store(qkv + at + HALF, second.to(qkv.dtype.element_ty), mask=mask)
 
     slot = tl.load(slots + token)
-    if slot >= 0:
+    if slot >= 0:  # its names are its own: the compiler would join them with those above, of other shapes
         row = (slot // BLOCK * KV_HEADS + g) * BLOCK + slot % BLOCK
-        mask = (g < KV_HEADS)[:, None] & (i >= 0)[None, :]
-        at = token * qkv_token + (HEADS + g)[:, None] * D + i[None, :]
-        first, second = _rotated(qkv, at, c, s, HALF, mask)
+        there = (g < KV_HEADS)[:, None] & (i >= 0)[None, :]
+        k_at = token * qkv_token + (HEADS + g)[:, None] * D + i[None, :]
+        k_first, k_second = _rotated(qkv, k_at, c, s, HALF, there)
         kept = row[:, None] * D + i[None, :]
         # As the unfused op would: rounded to the compute dtype before anything else happens to it.
-        first = first.to(qkv.dtype.element_ty).to(tl.float32)
-        second = second.to(qkv.dtype.element_ty).to(tl.float32)
-        _keep(k_cache, k_scale, kept, row, first, second, HALF, LARGEST, mask)
-        at += KV_HEADS * D
-        first = tl.load(qkv + at, mask=mask, other=0.0).to(tl.float32)
-        second = tl.load(qkv + at + HALF, mask=mask, other=0.0).to(tl.float32)
-        _keep(v_cache, v_scale, kept, row, first, second, HALF, LARGEST, mask)
+        k_first = k_first.to(qkv.dtype.element_ty).to(tl.float32)
+        k_second = k_second.to(qkv.dtype.element_ty).to(tl.float32)
+        _keep(k_cache, k_scale, kept, row, k_first, k_second, HALF, LARGEST, there)
+        v_at = k_at + KV_HEADS * D
+        v_first = tl.load(qkv + v_at, mask=there, other=0.0).to(tl.float32)
+        v_second = tl.load(qkv + v_at + HALF, mask=there, other=0.0).to(tl.float32)
+        _keep(v_cache, v_scale, kept, row, v_first, v_second, HALF, LARGEST, there)
 
 
 def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> None:
