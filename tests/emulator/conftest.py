@@ -31,11 +31,14 @@ def pytest_report_header() -> list[str]:
 
 @pytest.fixture(autouse=True)
 def _poisoned_results() -> Iterator[None]:
-    """Uninitialised tensors hold NaN, or the largest integer."""
+    """Uninitialised tensors hold NaN, or the largest integer. One thread: tensors here are small."""
     torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
+    torch.set_num_threads(threads)
 
 
 def among_nan(x: Tensor, gap: int = 8) -> Tensor:
