@@ -37,7 +37,8 @@ def rms_norm_kernel(
 
 
 def _warps(tile: int) -> int:
-    return 4 if tile <= 2048 else 8
+    """No more threads than elements: of two that hold one element, one could read the residual after the other wrote it."""
+    return max(1, min(4 if tile <= 2048 else 8, tile // 32))
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

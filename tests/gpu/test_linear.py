@@ -1,10 +1,10 @@
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from pagemill.kernels.gpu.linear import MatmulTile, linear, pack_int4, pack_plain, pack_scaled, quantize
 from tests.gpu.conftest import bound, error
+from tests.gpu.reference import product
 
 SHAPES = [(1, 64, 128, 1), (5, 70, 100, 1), (33, 130, 200, 3), (17, 33, 855, 4), (16, 32, 64, 2)]
 """M, N, K and split-K."""
@@ -12,14 +12,6 @@ SHAPES = [(1, 64, 128, 1), (5, 70, 100, 1), (33, 130, 200, 3), (17, 33, 855, 4),
 
 def tile(rows: int, splits: int) -> MatmulTile:
     return MatmulTile(16 if rows <= 16 else 32, 32, 32, splits, 4, 3)
-
-
-def expected(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, gated: bool) -> Tensor:
-    y = x.double() @ weight.double().T + (0 if bias is None else bias.double())
-    if gated:
-        gate, up = y.chunk(2, -1)
-        y = F.silu(gate) * up
-    return y + (0 if residual is None else residual.double())
 
 
 def inputs(m: int, n: int, k: int, dtype: torch.dtype, gated: bool, extras: bool) -> tuple[Tensor, ...]:
@@ -36,7 +28,7 @@ def inputs(m: int, n: int, k: int, dtype: torch.dtype, gated: bool, extras: bool
 def test_plain(m: int, n: int, k: int, splits: int, dtype: torch.dtype, gated: bool, extras: bool) -> None:
     x, weight, bias, residual = inputs(m, n, k, dtype, gated, extras)
     found = linear(x, pack_plain(weight, bias, gated=gated), tile=tile(m, splits), residual=residual)
-    assert error(found, expected(x, weight, bias, residual, gated)) < bound(dtype)
+    assert error(found, product(x, weight, bias, residual, gated)) < bound(dtype)
 
 
 @pytest.mark.parametrize("gated", [False, True])
@@ -49,7 +41,7 @@ def test_int8(m: int, n: int, k: int, splits: int, dtype: torch.dtype, gated: bo
     rounded = (x.float() / step).round() * step
     found = linear(x, pack_scaled(q, scale, bias, gated=gated), tile=tile(m, splits), residual=residual)
     assert error(
-        found, expected(rounded, q.double() * scale.double()[:, None], bias, residual, gated)
+        found, product(rounded, q.double() * scale.double()[:, None], bias, residual, gated)
     ) < bound(dtype)
 
 
@@ -65,7 +57,7 @@ def test_int4(m: int, n: int, k: int, splits: int, dtype: torch.dtype, gated: bo
     of_column = torch.arange(k) // group
     weight = (q.double() - zeros.double()[:, of_column]) * scales.double()[:, of_column]
     found = linear(x, pack_int4(q, scales, zeros, bias, gated=gated), tile=tile(m, splits), residual=residual)
-    assert error(found, expected(x, weight, bias, residual, gated)) < bound(dtype)
+    assert error(found, product(x, weight, bias, residual, gated)) < bound(dtype)
 
 
 def test_quantize() -> None:

@@ -1,0 +1,147 @@
+"""Matrix products in the launch configurations of `pagemill.kernels.gpu.ops`, compiled and executed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pagemill.kernels.gpu import linear, ops
+from pagemill.kernels.linear import PackedLinear
+from tests.emulator.conftest import BF16, F32, among_nan, assert_within
+from tests.emulator.launch import Launch, emulated
+from tests.gpu.reference import product
+
+FP8 = torch.float8_e4m3fn
+ARCH = {"fp8": 89}
+"""Compute capability that a scheme needs, if not 80."""
+CASES = {
+    "one row": (1, 70, 100, False, False),
+    "one row of a gate": (1, 30, 200, True, False),
+    "a full tile, cut in many": (16, 64, 512, False, True),
+    "a row more, odd inputs": (17, 33, 855, True, True),
+    "wide, a feature more": (65, 129, 192, False, True),
+    "wide, a gate": (130, 40, 72, True, False),
+}
+"""M, N, K, gated, and with bias and residual."""
+
+
+@pytest.fixture(autouse=True)
+def _a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many multiprocessors as an A100 has, which the number of split-K ranges depends on."""
+    monkeypatch.setattr(ops, "_processors", lambda device: 108)
+
+
+def rounded(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Rows in int8 or float8 with the largest number at its end, by float32 arithmetic; and their scales."""
+    scale = x.float().abs().amax(1) / (127 if dtype == torch.int8 else 448)
+    codes = x.float() / scale[:, None]
+    return (codes.round() if dtype == torch.int8 else codes.to(dtype).float()), scale
+
+
+def weights(
+    scheme: str, n: int, k: int, group: int
+) -> tuple[Tensor, Callable[[Any, Tensor | None, bool], PackedLinear]]:
+    """W `[n, k]` in float64, and what packs it."""
+    if scheme == "int4":
+        groups = -(-k // group)
+        q = torch.randint(0, 16, (n, k), dtype=torch.uint8)
+        zeros = torch.randint(0, 16, (n, groups), dtype=torch.uint8)
+        scales = torch.rand(n, groups) * 0.05 + 0.01
+        column = torch.arange(k) // group
+        weight = (q.double() - zeros.double()[:, column]) * scales.double()[:, column]
+        return weight, lambda module, bias, gated: module.pack_int4(q, scales, zeros, bias, gated=gated)
+    if scheme == "plain":
+        plain = torch.randn(n, k).mul(0.3).bfloat16()
+        return plain.double(), lambda module, bias, gated: module.pack_plain(plain, bias, gated=gated)
+    kind = torch.int8 if scheme == "int8" else FP8
+    codes, scale = rounded(torch.randn(n, k), kind)
+    weight = codes.double() * scale.double()[:, None]
+    return weight, lambda module, bias, gated: module.pack_scaled(codes.to(kind), scale, bias, gated=gated)
+
+
+def check(
+    scheme: str, m: int, n: int, k: int, gated: bool, extras: bool, group: int = 128, out_dtype: torch.dtype = torch.float32,
+    module: Any = linear, **how: Any,
+) -> list[Launch]:  # fmt: skip
+    """One product against float64, in the production tile; every element within what rounding may add up to."""
+    x = among_nan(torch.randn(m, k).bfloat16())
+    weight, pack = weights(scheme, 2 * n if gated else n, k, group)
+    bias = torch.randn(len(weight)).bfloat16() if extras else None
+    residual = torch.randn(m, n).bfloat16() if extras else None
+    packed = pack(module, bias, gated)
+    tile = ops._tile(m, n, x.device)
+    with emulated(ARCH.get(scheme, 80), **how) as launches:
+        found = module.linear(x, packed, tile=tile, residual=residual, out_dtype=out_dtype)
+    exact = x.double()
+    if scheme in ("int8", "fp8"):
+        with emulated(ARCH.get(scheme, 80)):  # a tie may go either way, by the scale's last bit
+            codes, scale = linear.quantize(x, packed.weight.dtype)
+        codes = codes[:, :k]
+        exact = codes.double() * scale.double()[:, None]
+    wanted = product(exact, weight, bias, residual, gated)
+    # Sums in float32 of K / 16 terms, each rounded once, the epilogue's few more.
+    size = product(exact.abs(), weight.abs(), None if bias is None else bias.abs(), None, False)
+    bound = (k / 16 + 12) * F32 * size
+    if gated:
+        gate, up = product(exact, weight, bias, None, False).chunk(2, -1)
+        gate_bound, up_bound = bound.chunk(2, -1)
+        bound = (
+            1.2 * gate_bound * up.abs() + F.silu(gate).abs() * up_bound + 4 * F32 * (F.silu(gate) * up).abs()
+        )
+    if residual is not None:
+        bound = bound + F32 * wanted.abs()
+    if out_dtype == torch.bfloat16:
+        bound = bound + BF16 * wanted.abs()
+    assert found.dtype == out_dtype
+    assert_within(found, wanted, bound)
+    return launches
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("scheme", ["plain", "int8", "fp8", "int4"])
+def test_matches_float64(scheme: str, case: str) -> None:
+    out = torch.bfloat16 if case.startswith("wide") else torch.float32
+    launches = check(scheme, *CASES[case], out_dtype=out)
+    names = [launch.kernel.metadata.name for launch in launches]
+    matmul = launches[("quantize_kernel" in names)]
+    assert matmul.count("mma") > 0
+    if case == "a full tile, cut in many":
+        assert names[-1] == "finish_kernel"
+
+
+@pytest.mark.parametrize("kind", [torch.int8, FP8], ids=str)
+@pytest.mark.parametrize("k", [1, 63, 64, 1025])
+def test_quantize(k: int, kind: torch.dtype) -> None:
+    """A row, one of tiny numbers, one of zeros."""
+    x = among_nan((torch.randn(3, k) * torch.tensor([[1.0], [1e-30], [0.0]])).bfloat16())
+    with emulated(89 if kind == FP8 else 80):
+        codes, scale = linear.quantize(x, kind)
+    assert codes.shape == (3, -(-k // 64) * 64)
+    assert not codes[:, k:].float().any()
+    assert not codes[2].float().any()
+    assert (scale > 0).all()
+    largest = 127 if kind == torch.int8 else 448
+    assert_within(scale[:2], x[:2].double().abs().amax(1) / largest, 1e-6 * scale[:2].double() + 1e-30)
+    step = 0.5 if kind == torch.int8 else (x.double().abs() / scale.double()[:, None] / 16).clamp_min(2**-10)
+    assert_within(
+        codes[:, :k].double() * scale.double()[:, None], x.double(), 1.0001 * step * scale.double()[:, None]
+    )
+
+
+@pytest.mark.parametrize("group", [32, 64])
+@pytest.mark.parametrize("case", ["one row of a gate", "a row more, odd inputs", "wide, a feature more"])
+def test_int4_groups(group: int, case: str) -> None:
+    check("int4", *CASES[case], group=group)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("scheme", ["plain", "int8", "fp8", "int4"])
+def test_warps_in_any_order(scheme: str, seed: int) -> None:
+    """Deep enough for every stage of the pipeline to be used again."""
+    shape = [(16, 32, 640), (33, 40, 448), (65, 32, 320)][seed]
+    check(scheme, *shape, seed == 1, True, group=64, one_by_one=True, seed=seed)
