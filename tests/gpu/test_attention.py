@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from pagemill.kernels.gpu.attention import Tile, paged_attention, varlen_attention
+from pagemill.kernels.gpu.attention import paged_attention, varlen_attention
+from pagemill.kernels.gpu.configs import AttentionTile as Tile
 from tests.gpu.conftest import bound, error
 
 CONTEXTS = [1, 5, 31, 32, 33, 64, 65, 130, 17, 0]

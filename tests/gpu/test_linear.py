@@ -3,7 +3,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pagemill.kernels.gpu.linear import MatmulTile, linear, pack_int4, pack_plain, pack_scaled, quantize
+from pagemill.kernels.gpu.configs import MatmulTile
+from pagemill.kernels.gpu.linear import linear, pack_int4, pack_plain, pack_scaled, quantize
 from tests.gpu.conftest import bound, error
 
 SHAPES = [(1, 64, 128, 1), (5, 70, 100, 1), (33, 130, 200, 3), (17, 33, 855, 4), (16, 32, 64, 2)]
