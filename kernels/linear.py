@@ -326,10 +326,10 @@ def dequantize_reference(packed: PackedLinear) -> Tensor:
 _EXACT = 1024  # k's whose products of int8 sum exactly in float32
 
 
-def chosen_form(x: Tensor, packed: PackedLinear) -> tuple[Tensor, PackedLinear]:
+def chosen_form(x: Tensor, packed: PackedLinear, wide_rows: int = WIDE_ROWS) -> tuple[Tensor, PackedLinear]:
     """The form of the weight for this many rows of x, and x with its columns in that form's order."""
     expect_tensor("x", x, packed.dtype, (None, packed.in_features))
-    if packed.wide is not None and len(x) >= WIDE_ROWS:
+    if packed.wide is not None and len(x) >= wide_rows:
         packed = packed.wide
     return x if packed.order is None else x[:, packed.order], packed
 

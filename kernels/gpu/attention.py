@@ -18,26 +18,16 @@ a third of the products.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["Tile", "paged_attention", "splits_for", "varlen_attention"]
+from pagemill.kernels.gpu.configs import AttentionTile
+
+__all__ = ["paged_attention", "varlen_attention"]
 
 _LOG2E = 1.4426950408889634
-
-
-@dataclass(frozen=True)
-class Tile:
-    """How a program is launched: rows of queries (a power of two >= 16), keys of a step, warps, pipeline stages."""
-
-    rows: int
-    keys: int
-    warps: int
-    stages: int
 
 
 @triton.jit
@@ -249,13 +239,6 @@ def _precision(dtype: torch.dtype) -> str:
     return "ieee" if dtype == torch.float32 else "tf32"
 
 
-def splits_for(programs: int, longest: int, processors: int, keys: int) -> int:
-    """Ranges of keys for a launch of `programs` without them: enough for two programs on each of the GPU's multiprocessors, but
-    with at least four tiles of `keys` in a range of the `longest` context, and at most 32."""
-    wanted = 2 * processors // max(programs, 1)
-    return max(1, min(wanted, longest // (4 * keys), 32))
-
-
 def paged_attention(
     q: Tensor,
     k_cache: Tensor,
@@ -267,13 +250,13 @@ def paged_attention(
     *,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
-    tile: Tile,
+    tile: AttentionTile,
     num_splits: int = 1,
 ) -> Tensor:
     """`pagemill.kernels.attention.paged_attention_reference` for head_dim 16, 32, 64, 128 or 256; lengths are not checked.
 
     `num_splits` > 1 cuts every context into at most so many ranges of equal size: for batches too small to fill the GPU
-    (`splits_for`).
+    (`configs.splits_for`).
     """
     tokens, heads, d = q.shape
     _, kv_heads, block_size, _ = k_cache.shape
@@ -305,7 +288,7 @@ def paged_attention(
 
 
 def varlen_attention(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float, *, tile: Tile
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float, *, tile: AttentionTile
 ) -> Tensor:
     """`pagemill.kernels.attention.varlen_attention_reference` for a head_dim that is a sum of at most two powers of two >= 16."""
     rows, heads, d = q.shape

@@ -17,7 +17,7 @@ atomically, so that a result does not change from run to run.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
 
 import torch
 import triton
@@ -25,23 +25,18 @@ import triton.language as tl
 from torch import Tensor
 
 from pagemill.kernels.gpu.codes import largest_code, to_codes
+from pagemill.kernels.gpu.configs import MatmulTile
 from pagemill.kernels.linear import PackedLinear
 
-__all__ = ["MatmulTile", "linear", "pack_int4", "pack_plain", "pack_scaled", "quantize"]
+__all__ = ["linear", "pack_int4", "pack_plain", "pack_scaled", "quantize"]
 
 _ALIGN = 64
 
 
-@dataclass(frozen=True)
-class MatmulTile:
-    """How a product is launched. Rows of x, features and inputs of a tile, split-K, warps, pipeline stages."""
-
-    rows: int
-    features: int
-    inputs: int
-    splits: int
-    warps: int
-    stages: int
+@triton.jit
+def _aligned(n, DIVISOR: tl.constexpr):
+    """n, which DIVISOR divides. Of an argument Triton knows only whether 16 does; 8 is enough for loads of 16 bytes."""
+    return n // DIVISOR * DIVISOR
 
 
 @triton.jit
@@ -96,15 +91,18 @@ def _keep_partial(acc, up, partial, split, m, n, M, N, GATED: tl.constexpr):
 @triton.jit
 def matmul_kernel(
     x, w, x_scale, w_scale, bias, residual, out, partial, M, N, K, x_row, w_row, out_row, k_per_split,
-    TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr, BAND: tl.constexpr, GATED: tl.constexpr,
-    SCALED: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, SPLIT: tl.constexpr, INTEGER: tl.constexpr,
-    TAIL: tl.constexpr, PRECISION: tl.constexpr,
+    TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr, PARTS: tl.constexpr, BAND: tl.constexpr,
+    GATED: tl.constexpr, SCALED: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, SPLIT: tl.constexpr,
+    INTEGER: tl.constexpr, TAIL: tl.constexpr, X_ALIGN: tl.constexpr, N_ALIGN: tl.constexpr, K_ALIGN: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """plain, int8 and fp8. TAIL: K is no multiple of TILE_K; the last tile masks x, the padding of w is zero."""
+    x_row, N, K = _aligned(x_row, X_ALIGN), _aligned(N, N_ALIGN), _aligned(K, K_ALIGN)
     tile_m, tile_n = _place(M, N, TILE_M, TILE_N, BAND)
     m = tile_m * TILE_M + tl.arange(0, TILE_M)
     n = tile_n * TILE_N + tl.arange(0, TILE_N)
-    k = tl.arange(0, TILE_K)
+    PART: tl.constexpr = TILE_K // PARTS
+    k = tl.arange(0, PART)
     x_at = x + (m.to(tl.int64) * x_row)[:, None] + k[None, :]
     w_at = w + (n.to(tl.int64) * w_row)[None, :] + k[:, None]
     up_at = w_at + N.to(tl.int64) * w_row
@@ -120,32 +118,25 @@ def matmul_kernel(
         last = tl.minimum(K, first + k_per_split)
     whole = last // TILE_K * TILE_K if TAIL else last
     for at in tl.range(first, whole, TILE_K):
-        a = tl.load(x_at + at, mask=rows, other=0.0)
-        acc = tl.dot(
-            a, tl.load(w_at + at, mask=features, other=0.0), acc, input_precision=PRECISION, out_dtype=kind
-        )
-        if GATED:
-            up = tl.dot(
-                a,
-                tl.load(up_at + at, mask=features, other=0.0),
-                up,
-                input_precision=PRECISION,
-                out_dtype=kind,
-            )
+        for part in tl.static_range(PARTS):
+            here = at + part * PART
+            a = tl.load(x_at + here, mask=rows, other=0.0)
+            b = tl.load(w_at + here, mask=features, other=0.0)
+            acc = tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=kind)
+            if GATED:
+                b = tl.load(up_at + here, mask=features, other=0.0)
+                up = tl.dot(a, b, up, input_precision=PRECISION, out_dtype=kind)
     if TAIL:  # noqa: SIM102 - known when compiled; the other is not
         if whole < last:
-            a = tl.load(x_at + whole, mask=rows & (whole + k < K)[None, :], other=0.0)
-            there = features & (whole + k < w_row)[:, None]
-            acc = tl.dot(
-                a,
-                tl.load(w_at + whole, mask=there, other=0.0),
-                acc,
-                input_precision=PRECISION,
-                out_dtype=kind,
-            )
-            if GATED:
-                b = tl.load(up_at + whole, mask=there, other=0.0)
-                up = tl.dot(a, b, up, input_precision=PRECISION, out_dtype=kind)
+            for part in tl.static_range(PARTS):
+                here = whole + part * PART
+                a = tl.load(x_at + here, mask=rows & (here + k < K)[None, :], other=0.0)
+                there = features & (here + k < w_row)[:, None]
+                b = tl.load(w_at + here, mask=there, other=0.0)
+                acc = tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=kind)
+                if GATED:
+                    b = tl.load(up_at + here, mask=there, other=0.0)
+                    up = tl.dot(a, b, up, input_precision=PRECISION, out_dtype=kind)
     if SPLIT:
         _keep_partial(acc, up, partial, tl.program_id(1), m, n, M, N, GATED)
     else:
@@ -193,10 +184,11 @@ def _nibbles(packed, minus_zero, ASSEMBLY: tl.constexpr):
 def int4_kernel(
     x, w, scales, zeros, bias, residual, out, partial, M, N, K, x_row, w_row, out_row, k_per_split,
     TILE_M: tl.constexpr, TILE_N: tl.constexpr, GROUP: tl.constexpr, BAND: tl.constexpr, GATED: tl.constexpr,
-    BIAS: tl.constexpr, RESIDUAL: tl.constexpr, SPLIT: tl.constexpr, TAIL: tl.constexpr, ASSEMBLY: tl.constexpr,
-    PRECISION: tl.constexpr,
+    BIAS: tl.constexpr, RESIDUAL: tl.constexpr, SPLIT: tl.constexpr, TAIL: tl.constexpr, X_ALIGN: tl.constexpr,
+    N_ALIGN: tl.constexpr, K_ALIGN: tl.constexpr, ASSEMBLY: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """4-bit weights. The products are W x^T, so that the weights' registers feed the tensor cores directly."""
+    x_row, N, K = _aligned(x_row, X_ALIGN), _aligned(N, N_ALIGN), _aligned(K, K_ALIGN)
     HALF: tl.constexpr = GROUP // 2
     tile_m, tile_n = _place(M, N, TILE_M, TILE_N, BAND)
     m = tile_m * TILE_M + tl.arange(0, TILE_M)
@@ -222,14 +214,15 @@ def int4_kernel(
             a = tl.load(x_at + at, mask=rows, other=0.0)
             b = tl.load(x_at + at + HALF, mask=rows, other=0.0)
         of_group = at // GROUP * (N * features) + n
-        packed = tl.load(w_at + at // 2, mask=there[:, None], other=0)
+        byte = tl.multiple_of(at // 2, 16)  # a group is 16 bytes or more; split-K's ranges begin with one
+        packed = tl.load(w_at + byte, mask=there[:, None], other=0)
         zero = tl.load(zeros + of_group, mask=there, other=0).to(x.dtype.element_ty)
         low, high = _nibbles(packed, (-128.0 - zero)[:, None].to(x.dtype.element_ty), ASSEMBLY)
         part = tl.dot(low, a, input_precision=PRECISION)
         part = tl.dot(high, b, part, input_precision=PRECISION)
         acc += part * tl.load(scales + of_group, mask=there, other=0.0).to(tl.float32)[:, None]
         if GATED:
-            packed = tl.load(w_at + N.to(tl.int64) * w_row + at // 2, mask=there[:, None], other=0)
+            packed = tl.load(w_at + N.to(tl.int64) * w_row + byte, mask=there[:, None], other=0)
             zero = tl.load(zeros + of_group + N, mask=there, other=0).to(x.dtype.element_ty)
             low, high = _nibbles(packed, (-128.0 - zero)[:, None].to(x.dtype.element_ty), ASSEMBLY)
             part = tl.dot(low, a, input_precision=PRECISION)
@@ -355,7 +348,9 @@ def linear(
     if residual is not None and in_place:
         out = residual
     else:
-        out = torch.empty(m, n, dtype=out_dtype or x.dtype, device=x.device)
+        # The next product reads the rows of a gated one 16 bytes at a time.
+        row = _round_up(n, 16) if weight.gated and residual is None else n
+        out = torch.empty(m, row, dtype=out_dtype or x.dtype, device=x.device)[:, :n]
     if not out.numel():
         return out
     scaled = weight.scheme in ("int8", "fp8")
@@ -377,7 +372,8 @@ def linear(
     grid = (triton.cdiv(m, tile.rows) * triton.cdiv(n, tile.features), splits)
     common = dict(
         TILE_M=tile.rows, TILE_N=tile.features, BAND=8, GATED=weight.gated, BIAS=bias, RESIDUAL=added, SPLIT=split,
-        TAIL=k % step != 0, PRECISION="ieee" if x.dtype == torch.float32 else "tf32",
+        TAIL=k % step != 0, X_ALIGN=math.gcd(x.stride(0), 16), N_ALIGN=math.gcd(n, 16), K_ALIGN=math.gcd(k, 16),
+        PRECISION="ieee" if x.dtype == torch.float32 else "tf32",
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     bias_at, residual_at = weight.bias if bias else out, residual if added else out
@@ -390,7 +386,7 @@ def linear(
     else:
         matmul_kernel[grid](
             x, weight.weight, x_scale, w_scale, bias_at, residual_at, out, partial, m, n, k, x.stride(0),
-            weight.weight.stride(0), out.stride(0), per_split, TILE_K=tile.inputs, SCALED=scaled,
+            weight.weight.stride(0), out.stride(0), per_split, TILE_K=tile.inputs, PARTS=tile.parts, SCALED=scaled,
             INTEGER=weight.scheme == "int8", **common,
         )  # fmt: skip
     if split:

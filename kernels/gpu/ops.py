@@ -8,17 +8,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-import triton
 from torch import Tensor
 
 from pagemill.kernels.attention import Shape4
 from pagemill.kernels.check import expect
-from pagemill.kernels.gpu import activation, angles, attention, embed, linear, norm, pixels, rotary, sampling
+from pagemill.kernels.gpu import (
+    activation,
+    angles,
+    attention,
+    configs,
+    embed,
+    linear,
+    norm,
+    pixels,
+    rotary,
+    sampling,
+)
 from pagemill.kernels.linear import (
     PackedLinear,
     Scheme,
@@ -39,23 +49,14 @@ def kv_cache_shapes(
     return shape, shape
 
 
-@lru_cache
-def _processors(device: torch.device) -> int:
-    """Multiprocessors of a GPU; 1 for the interpreter, which runs one program at a time."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-
-
-def _tile(rows: int, features: int, device: torch.device) -> linear.MatmulTile:
-    if triton.knobs.runtime.interpret:  # it takes a program at a time, whatever its size
-        return linear.MatmulTile(16 if rows <= 16 else 64, 256, 256, 1, 4, 1)
-    if (
-        rows <= 16
-    ):  # a skinny product of few features would leave most of the GPU idle: its inputs are cut, too
-        splits = 2 * _processors(device) // max(1, triton.cdiv(features, 64))
-        return linear.MatmulTile(16, 64, 64, max(1, min(splits, 8)), 4, 4)
-    if rows <= 64:
-        return linear.MatmulTile(64, 64, 64, 1, 4, 4)
-    return linear.MatmulTile(128, 128, 64, 1, 8, 3)
+def _product(
+    x: Tensor, packed: PackedLinear, residual: Tensor | None = None, out_dtype: torch.dtype | None = None
+) -> Tensor:
+    card = configs.card_of(x.device)
+    x, packed = chosen_form(x, packed, configs.wide_rows(card))
+    n, k = packed.out_features, packed.in_features
+    tile = configs.matmul(card, packed.scheme, packed.gated, len(x), n, k)
+    return linear.linear(x, packed, tile=tile, residual=residual, out_dtype=out_dtype, in_place=True)
 
 
 def pack_linear(
@@ -124,22 +125,12 @@ def _linear(
     x: Tensor, packed: PackedLinear, *, out_float32: bool = False, residual: Tensor | None = None
 ) -> Tensor:
     expect(not packed.gated, "packed", "a matrix of pack_linear", "a gated pair")
-    dtype = torch.float32 if out_float32 else None
-    x, packed = chosen_form(x, packed)
-    return linear.linear(
-        x,
-        packed,
-        tile=_tile(len(x), packed.out_features, x.device),
-        residual=residual,
-        out_dtype=dtype,
-        in_place=True,
-    )
+    return _product(x, packed, residual, torch.float32 if out_float32 else None)
 
 
 def _linear_swiglu(x: Tensor, packed: PackedLinear) -> Tensor:
     expect(packed.gated, "packed", "gate and up of pack_swiglu", "a matrix")
-    x, packed = chosen_form(x, packed)
-    return linear.linear(x, packed, tile=_tile(len(x), packed.out_features, x.device))
+    return _product(x, packed)
 
 
 def _embed(
@@ -162,12 +153,11 @@ def _paged_attention(
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
 ) -> Tensor:
-    decoding = len(q) == len(context_lens)
-    tile = attention.Tile(16, 64, 4, 3) if decoding else attention.Tile(128, 64, 8, 3)
+    card = configs.card_of(q.device)
+    tile = configs.paged(card, decoding=len(q) == len(context_lens))
     kv_heads, block_size = k_cache.shape[1:3]
     programs = (len(q) * (q.shape[1] // kv_heads) // tile.rows + len(context_lens)) * kv_heads
-    longest = block_tables.shape[1] * block_size
-    splits = attention.splits_for(programs, longest, _processors(q.device), tile.keys)
+    splits = configs.splits_for(card, programs, block_tables.shape[1] * block_size, tile.keys)
     return attention.paged_attention(
         q, k_cache, v_cache, block_tables, query_start, context_lens, scale, k_scale=k_scale, v_scale=v_scale,
         tile=tile, num_splits=splits,
@@ -175,7 +165,8 @@ def _paged_attention(
 
 
 def _varlen_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float) -> Tensor:
-    return attention.varlen_attention(q, k, v, cu_seqlens, scale, tile=attention.Tile(64, 64, 4, 3))
+    tile = configs.varlen(configs.card_of(q.device), len(q), len(cu_seqlens) - 1)
+    return attention.varlen_attention(q, k, v, cu_seqlens, scale, tile=tile)
 
 
 def ops(dtype: torch.dtype) -> dict[str, Callable[..., Any]]:

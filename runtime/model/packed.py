@@ -39,6 +39,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pagemill import folders
 from pagemill.errors import PagemillError, sentence
 from pagemill.kernels import Kernels, PackedLinear, Scheme
 from pagemill.model.config import ModelConfig
@@ -88,12 +89,8 @@ class _NoRoom(PagemillError):
 
 
 def cache_folder() -> Path:
-    """Return where packed weights are kept: `packed` in PAGEMILL_CACHE_DIR, else in pagemill of XDG_CACHE_HOME or ~/.cache."""
-    if given := os.environ.get("PAGEMILL_CACHE_DIR"):
-        return Path(given).expanduser() / "packed"
-    xdg = os.environ.get("XDG_CACHE_HOME", "")  # to be ignored if it is relative
-    base = Path(xdg) if os.path.isabs(xdg) else Path("~/.cache").expanduser()
-    return base / "pagemill" / "packed"
+    """Return where packed weights are kept: `packed` in the user's cache folder."""
+    return folders.cache_folder("packed")
 
 
 def content_digest(files: Iterable[Path]) -> str:

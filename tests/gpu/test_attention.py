@@ -3,7 +3,8 @@ from itertools import pairwise
 import pytest
 import torch
 
-from pagemill.kernels.gpu.attention import Tile, paged_attention, varlen_attention
+from pagemill.kernels.gpu.attention import paged_attention, varlen_attention
+from pagemill.kernels.gpu.configs import AttentionTile as Tile
 from tests.gpu.conftest import bound, error
 from tests.gpu.reference import Batch, attend
 

@@ -2,7 +2,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from pagemill.kernels.gpu.linear import MatmulTile, linear, pack_int4, pack_plain, pack_scaled, quantize
+from pagemill.kernels.gpu.configs import MatmulTile
+from pagemill.kernels.gpu.linear import linear, pack_int4, pack_plain, pack_scaled, quantize
 from tests.gpu.conftest import bound, error
 from tests.gpu.reference import product
 

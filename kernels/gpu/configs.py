@@ -1,0 +1,210 @@
+"""Launch configurations: which form of a weight and which tile for a card and a problem's size.
+
+A small curated table per architecture, nothing measured at the first request. Measurements of the card at hand, which
+`pagemill tune` makes, go before the table (`pagemill.kernels.gpu.tune`).
+
+The tiles were chosen by their compiled code (`bench/codegen.py`): no spilled register, tensor-core instructions of the
+architecture, shared memory for the pipeline's stages. **No GPU has timed them.**
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import torch
+import triton
+
+__all__ = [
+    "AttentionTile",
+    "Card",
+    "MatmulTile",
+    "card_of",
+    "matmul",
+    "paged",
+    "splits_for",
+    "varlen",
+    "wide_rows",
+]
+
+
+@dataclass(frozen=True)
+class MatmulTile:
+    """How a product is launched. Rows of x, features and inputs of a tile, split-K, warps, pipeline stages."""
+
+    rows: int
+    features: int
+    inputs: int
+    splits: int
+    warps: int
+    stages: int
+    parts: int = 1
+    """Products that the inputs of a tile are cut into."""
+
+
+@dataclass(frozen=True)
+class AttentionTile:
+    """How attention is launched: rows of queries (a power of two >= 16), keys of a step, warps, pipeline stages."""
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a launch depends on: the card's name, its architecture in the tables below, its multiprocessors."""
+
+    name: str
+    arch: int
+    processors: int
+
+
+INTERPRETER = Card("interpreter", 0, 1)
+_ARCH = {80: 80, 86: 89, 87: 80, 89: 89, 90: 90, 100: 100, 103: 100}
+"""Compute capability to the row of the tables that suits it: 86 has the 100 KB of shared memory of 89, 87 the 164 KB of 80.
+Others (120 and 121, with 100 KB and without tcgen05) are taken for 89, which asks least of a multiprocessor."""
+AMD = 942
+
+
+@lru_cache
+def card_of(device: torch.device) -> Card:
+    """The card of a tensor's device; the interpreter for the CPU."""
+    if device.type != "cuda":
+        return INTERPRETER
+    found = torch.cuda.get_device_properties(device)
+    arch = AMD if torch.version.hip else _ARCH.get(10 * found.major + found.minor, 89)
+    return Card(found.name, arch, found.multi_processor_count)
+
+
+def _tiles(*rows: tuple[int, int, int, int, int]) -> tuple[MatmulTile, ...]:
+    """From small to large: rows, features, inputs, warps, stages."""
+    return tuple(MatmulTile(m, n, k, 1, warps, stages) for m, n, k, warps, stages in rows)
+
+
+# Two products at once (gate and up) have twice the sums to hold: their tiles are half as wide. On sm_80 and sm_89 a tile of 128 x
+# 128 of them spills registers.
+_PLAIN = _tiles(
+    (16, 64, 64, 4, 4), (32, 64, 64, 4, 4), (64, 64, 64, 4, 4), (64, 128, 64, 8, 4), (128, 128, 64, 8, 3)
+)
+_PLAIN_GATED = _tiles((16, 64, 64, 4, 4), (32, 64, 64, 4, 3), (64, 64, 64, 4, 3), (128, 64, 64, 8, 3))
+_BYTE = _tiles(
+    (16, 64, 128, 4, 4), (32, 64, 128, 4, 4), (64, 64, 128, 4, 4), (64, 128, 128, 8, 4), (128, 128, 128, 8, 3)
+)  # fmt: skip
+_BYTE_GATED = _tiles((16, 64, 128, 4, 4), (32, 64, 128, 4, 3), (64, 64, 128, 4, 3), (128, 64, 128, 8, 3))
+# With one product in the loop, Triton keeps the next one's operands in registers from step to step on sm_80 and sm_89, and packs
+# and unpacks their bytes every time: eight instructions for one of the tensor cores. With two it does not.
+_TWO_BYTE = tuple(replace(tile, parts=2) for tile in _BYTE)
+_INT4 = _tiles((16, 64, 64, 4, 4), (32, 64, 64, 4, 4), (64, 64, 64, 8, 3), (64, 128, 64, 8, 3))
+_INT4_GATED = _tiles((16, 64, 64, 4, 4), (32, 64, 64, 4, 4), (64, 32, 64, 4, 4))
+# Of 64 features or more and four warps, wgmma: it waits for the conversion of every group, and Triton copies such weights 8 bytes
+# at a time. Few rows are bound by memory, and mma does them.
+_HOPPER_INT4 = _tiles(
+    (16, 64, 64, 2, 4), (32, 32, 64, 4, 4), (64, 32, 64, 4, 4), (64, 128, 64, 8, 3), (128, 128, 64, 8, 3)
+)
+_HOPPER_INT4_GATED = _tiles((16, 32, 64, 4, 4), (32, 32, 64, 4, 4), (64, 32, 64, 4, 4), (64, 128, 64, 8, 3))
+_HOPPER_PLAIN = (*_PLAIN[:-1], *_tiles((128, 128, 64, 8, 4), (128, 256, 64, 8, 3)))
+_HOPPER_PLAIN_GATED = (*_PLAIN_GATED[:-1], *_tiles((128, 64, 64, 8, 4), (128, 128, 64, 8, 3)))
+_HOPPER_BYTE = (*_BYTE[:-1], *_tiles((128, 128, 128, 8, 4), (128, 256, 128, 8, 3)))
+_HOPPER_BYTE_GATED = (*_BYTE_GATED[:-1], *_tiles((128, 64, 128, 8, 4), (128, 128, 128, 8, 3)))
+
+_AMPERE = {
+    ("plain", False): _PLAIN, ("plain", True): _PLAIN_GATED,
+    ("int8", False): _TWO_BYTE, ("int8", True): _BYTE_GATED,
+    ("fp8", False): _TWO_BYTE, ("fp8", True): _BYTE_GATED,
+    ("int4", False): _INT4, ("int4", True): _INT4_GATED,
+}  # fmt: skip
+_HOPPER = _AMPERE | {
+    ("plain", False): _HOPPER_PLAIN, ("plain", True): _HOPPER_PLAIN_GATED,
+    ("int8", False): _HOPPER_BYTE, ("int8", True): _HOPPER_BYTE_GATED,
+    ("fp8", False): _HOPPER_BYTE, ("fp8", True): _HOPPER_BYTE_GATED,
+    ("int4", False): _HOPPER_INT4, ("int4", True): _HOPPER_INT4_GATED,
+}  # fmt: skip
+_INTERPRETED = _tiles(
+    (16, 256, 256, 4, 1), (64, 256, 256, 4, 1)
+)  # a program at a time: few of them, whatever their size
+
+MATMUL: Mapping[int, Mapping[tuple[str, bool], tuple[MatmulTile, ...]]] = {
+    0: dict.fromkeys(_AMPERE, _INTERPRETED),
+    80: _AMPERE,
+    89: _AMPERE,
+    90: _HOPPER,
+    100: _HOPPER,
+    AMD: _AMPERE,
+}
+"""By architecture, then by form and whether gate and up are multiplied at once: tiles from small to large."""
+
+PAGED: Mapping[int, tuple[AttentionTile, AttentionTile]] = {
+    0: (AttentionTile(16, 64, 4, 1), AttentionTile(128, 64, 4, 1)),
+    80: (AttentionTile(16, 64, 4, 3), AttentionTile(128, 64, 8, 3)),
+    89: (AttentionTile(16, 64, 4, 3), AttentionTile(128, 64, 8, 3)),
+    90: (AttentionTile(16, 64, 4, 3), AttentionTile(128, 64, 8, 3)),
+    100: (AttentionTile(16, 64, 4, 3), AttentionTile(128, 64, 8, 3)),
+    AMD: (AttentionTile(16, 64, 4, 2), AttentionTile(128, 64, 8, 2)),
+}
+"""By architecture: where every sequence has one token, and where some have more."""
+
+VARLEN: Mapping[int, tuple[AttentionTile, AttentionTile]] = {
+    0: (AttentionTile(64, 64, 4, 1), AttentionTile(64, 64, 4, 1)),
+    80: (AttentionTile(64, 64, 4, 3), AttentionTile(64, 64, 4, 3)),
+    89: (AttentionTile(64, 64, 4, 3), AttentionTile(64, 64, 4, 3)),
+    90: (AttentionTile(64, 64, 4, 3), AttentionTile(64, 64, 4, 3)),
+    100: (AttentionTile(64, 64, 4, 3), AttentionTile(64, 64, 4, 3)),
+    AMD: (AttentionTile(64, 64, 4, 2), AttentionTile(64, 64, 4, 2)),
+}
+"""By architecture: windows (segments of 64 rows or fewer on average), and whole images."""
+
+WIDE_ROWS: Mapping[int, int] = {0: 64, 80: 48, 89: 128, 90: 80, 100: 80, AMD: 64}
+"""By architecture: rows of x from which on a layer that is packed twice, int4 and int8, takes int8. Modelled: int8 moves
+twice the bytes, int4 multiplies in bfloat16 at about 0.6 of its peak, beside the conversion. They take equal time where
+2 M N K / (0.6 peak) is N K bytes over the bandwidth, at M = 0.3 peak / bandwidth: 46 on A100, 126 on L40S, 89 on H100, 84 on
+B200."""
+
+_BYTES = {"plain": 2.0, "int8": 1.0, "fp8": 1.0, "int4": 0.5}
+_MOST_SPLITS = 8
+
+
+def wide_rows(card: Card) -> int:
+    """Rows of x from which on the int8 form of a layer that is packed twice is taken."""
+    return WIDE_ROWS[card.arch]
+
+
+@lru_cache(4096)
+def matmul(card: Card, form: str, gated: bool, m: int, n: int, k: int) -> MatmulTile:
+    """The tile, with its split-K, of `m` rows times `n` features (of each of gate and up) of `k` inputs.
+
+    The largest tile that gives every multiprocessor a program; where none does, the smallest with min(64, m) rows, and K is cut
+    so that there are two programs for each, but the partial sums, which are written and read, stay fewer bytes than the weights.
+    """
+    least = min(64, max(16, triton.next_power_of_2(m)))
+    tiles = [tile for tile in MATMUL[card.arch][form, gated] if least <= tile.rows <= max(least, m)]
+
+    def programs(tile: MatmulTile) -> int:
+        return triton.cdiv(m, tile.rows) * triton.cdiv(n, tile.features)
+
+    if full := [tile for tile in tiles if programs(tile) >= card.processors]:
+        return full[-1]
+    tile = tiles[0]
+    products = 2 if gated else 1
+    affordable = int(k * _BYTES[form]) // (8 * m * products) if m else 1
+    splits = min(2 * card.processors // programs(tile), affordable, k // (4 * tile.inputs), _MOST_SPLITS)
+    return replace(tile, splits=max(1, splits))
+
+
+def paged(card: Card, *, decoding: bool) -> AttentionTile:
+    """The tile of attention over the cache; `decoding`: every sequence has one token."""
+    return PAGED[card.arch][0 if decoding else 1]
+
+
+def varlen(card: Card, rows: int, segments: int) -> AttentionTile:
+    """The tile of attention over `segments` with `rows` in all."""
+    return VARLEN[card.arch][0 if rows <= 64 * segments else 1]
+
+
+def splits_for(card: Card, programs: int, longest: int, keys: int) -> int:
+    """Ranges of keys for a launch of `programs` without them: enough for two programs on each of the GPU's multiprocessors, but
+    with at least four tiles of `keys` in a range of the `longest` context, and at most 32."""
+    wanted = 2 * card.processors // max(programs, 1)
+    return max(1, min(wanted, longest // (4 * keys), 32))
