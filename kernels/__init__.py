@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -259,8 +259,9 @@ def _triton_over(reference: Kernels, device: torch.device, dtype: torch.dtype) -
     from pagemill.kernels.gpu.ops import ops
 
     how = "triton (interpreted)" if interpreted else "triton"
-    chosen = replace(reference, **ops(dtype), implementations=dict.fromkeys(_OPS, how))
-    return replace(chosen, quantised_kv=quantised_kv, capturable=True)
+    fields: dict[str, Any] = dict(ops(dtype))
+    fields |= {"quantised_kv": quantised_kv, "implementations": dict.fromkeys(_OPS, how), "capturable": True}
+    return replace(reference, **fields)
 
 
 def set_num_threads(count: int) -> None:

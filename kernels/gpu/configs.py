@@ -182,14 +182,14 @@ def matmul(card: Card, form: str, gated: bool, m: int, n: int, k: int) -> Matmul
     tiles = [tile for tile in MATMUL[card.arch][form, gated] if least <= tile.rows <= max(least, m)]
 
     def programs(tile: MatmulTile) -> int:
-        return triton.cdiv(m, tile.rows) * triton.cdiv(n, tile.features)
+        return int(triton.cdiv(m, tile.rows) * triton.cdiv(n, tile.features))
 
     if full := [tile for tile in tiles if programs(tile) >= card.processors]:
         return full[-1]
     tile = tiles[0]
     products = 2 if gated else 1
     affordable = int(k * _BYTES[form]) // (8 * m * products) if m else 1
-    splits = min(2 * card.processors // programs(tile), affordable, k // (4 * tile.inputs), _MOST_SPLITS)
+    splits = min(2 * card.processors // max(1, programs(tile)), affordable, k // (4 * tile.inputs), _MOST_SPLITS)
     return replace(tile, splits=max(1, splits))
 
 

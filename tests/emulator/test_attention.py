@@ -1,4 +1,4 @@
-"""Attention in the launch configurations of `pagemill.kernels.gpu.ops`, compiled and executed."""
+"""Attention in the launch configurations of `pagemill.kernels.gpu.configs`, compiled and executed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from pagemill.kernels.gpu import attention, ops
+from pagemill.kernels.gpu import attention, configs, ops
 from tests.emulator.conftest import BF16, assert_within
 from tests.emulator.launch import Launch, emulated
 from tests.gpu.reference import Batch, attend
@@ -19,8 +19,8 @@ CACHES = [torch.bfloat16, torch.int8, FP8]
 
 @pytest.fixture(autouse=True)
 def _a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As many multiprocessors as an A100 has, which the number of split-KV ranges depends on."""
-    monkeypatch.setattr(ops, "_processors", lambda device: 108)
+    """The tiles of an A100, and its multiprocessors, which the number of split-KV ranges depends on."""
+    monkeypatch.setattr(configs, "card_of", lambda device: configs.Card("", 80, 108))
 
 
 def check(

@@ -1,4 +1,4 @@
-"""Matrix products in the launch configurations of `pagemill.kernels.gpu.ops`, compiled and executed."""
+"""Matrix products in the launch configurations of `pagemill.kernels.gpu.configs`, compiled and executed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pagemill.kernels.gpu import linear, ops
+from pagemill.kernels.gpu import configs, linear
 from pagemill.kernels.linear import PackedLinear
 from tests.emulator.conftest import BF16, F32, among_nan, assert_within
 from tests.emulator.launch import Launch, emulated
@@ -28,12 +28,6 @@ CASES = {
     "wide, a gate": (130, 40, 72, True, False),
 }
 """M, N, K, gated, and with bias and residual."""
-
-
-@pytest.fixture(autouse=True)
-def _a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As many multiprocessors as an A100 has, which the number of split-K ranges depends on."""
-    monkeypatch.setattr(ops, "_processors", lambda device: 108)
 
 
 def rounded(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -74,7 +68,9 @@ def check(
     bias = torch.randn(len(weight)).bfloat16() if extras else None
     residual = torch.randn(m, n).bfloat16() if extras else None
     packed = pack(module, bias, gated)
-    tile = ops._tile(m, n, x.device)
+    # On one multiprocessor the largest tile that has rows for it; on as many as an A100 has, K is cut.
+    card = configs.Card("", ARCH.get(scheme, 80), 1 if m > 64 else 108)
+    tile = configs.matmul(card, scheme, gated, m, n, k)
     with emulated(ARCH.get(scheme, 80), **how) as launches:
         found = module.linear(x, packed, tile=tile, residual=residual, out_dtype=out_dtype)
     exact = x.double()

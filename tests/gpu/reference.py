@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pagemill.kernels.gpu import attention
-from pagemill.kernels.gpu.attention import Tile
+from pagemill.kernels.gpu.configs import AttentionTile as Tile
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, gated: bool) -> Tensor:
