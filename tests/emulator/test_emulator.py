@@ -117,7 +117,9 @@ def test_bytes_bits_and_shuffles() -> None:
     assert run("prmt.b32 %r7, 0x33221100, 0x77665584, 0x3C40;").tolist() == [0x33FF8400] * 64
     assert run("lop3.b32 %r7, 0xF0, 0xCC, 0xAA, 0x96;").tolist() == [0xF0 ^ 0xCC ^ 0xAA] * 64
     assert run("shfl.sync.bfly.b32 %r7, %r1, 16, 31, -1;").tolist() == [i ^ 16 for i in range(64)]
-    assert run("shfl.sync.up.b32 %r7, %r1, 1, 0, -1;").tolist() == [max(i - 1, i // 32 * 32) for i in range(64)]
+    assert run("shfl.sync.up.b32 %r7, %r1, 1, 0, -1;").tolist() == [
+        max(i - 1, i // 32 * 32) for i in range(64)
+    ]
     assert run("bfe.s32 %r7, 0xF0, 4, 4;").tolist() == [-1] * 64
     assert run("shf.l.wrap.b32 %r7, 0x80000000, 1, 1;").tolist() == [3] * 64
     assert run("div.s32 %r7, -7, 2;").tolist() == [-3] * 64

@@ -8,7 +8,6 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import pytest
 import torch
@@ -82,7 +81,9 @@ ATTENTION = {
     "a token sees the next": ("key[None, :] < visible[:, None]", "key[None, :] <= visible[:, None]"),
     "a token does not see itself": ("- count + token + 1,", "- count + token,"),
     "masked one tile late": ("// TILE_N * TILE_N)\n\n", "// TILE_N * TILE_N + TILE_N)\n\n"),
-    "the old sums not rescaled": ("acc * rescale[:, None], input_precision=PRECISION)\n    return", "acc, input_precision=PRECISION)\n    return"),
+    "the old sums not rescaled": (
+        "acc * rescale[:, None], input_precision=PRECISION)\n    return", "acc, input_precision=PRECISION)\n    return",
+    ),
     "the scale of keys left out": ("score *= tl.load(k_scale", "score += 0 * tl.load(k_scale"),
     "ranges merged without weights": ("weight = tl.exp2(lse - tl.max(lse, 0))", "weight = tl.exp2(0 * lse)"),
     "the wrong head of the group": ("(head * GROUP + row % GROUP) * q_head", "(head * GROUP + row // TOKENS) * q_head"),
@@ -137,7 +138,9 @@ PLAIN_DAMAGE: dict[str, Callable[[str], str]] = {
     "the wait": without(r"cp\.async\.wait_group[^;]*;"),
     "a wait too weak": replaced(r"cp\.async\.wait_group(\s+)2;", r"cp.async.wait_group\g<1>3;"),
     "a product": without(PRODUCT, 5),
-    "a load of fragments": replaced(r"ldmatrix\.sync\.aligned\.m8n8\.x4\.", "ldmatrix.sync.aligned.m8n8.x4.trans."),
+    "a load of fragments": replaced(
+        r"ldmatrix\.sync\.aligned\.m8n8\.x4\.", "ldmatrix.sync.aligned.m8n8.x4.trans."
+    ),
     "a commit": without(r"cp\.async\.commit_group;"),
 }
 ATTENTION_DAMAGE: dict[str, Callable[[str], str]] = {
