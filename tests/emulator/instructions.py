@@ -385,6 +385,8 @@ def _funnel_shift(warps: Warps, ins: Instruction, mask: Mask) -> Branch:
 
 @_executes("prmt")
 def _permute_bytes(warps: Warps, ins: Instruction, mask: Mask) -> Branch:
+    if ins.words != ["b32"]:
+        raise PtxError(f"unsupported: {ins.text}")
     pair, selector = _pair_of_words(warps, ins), ins.args[3].bits(warps, 32).astype(np.uint64)
     out = np.zeros(warps.lanes, np.uint64)
     for i in range(4):
