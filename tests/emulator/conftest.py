@@ -41,6 +41,15 @@ def _poisoned_results() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(autouse=True)
+def _a_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tiles of an A100, and its multiprocessors, which the number of split-KV ranges depends on."""
+    if not WHY_NOT:
+        from pagemill.kernels.gpu import configs
+
+        monkeypatch.setattr(configs, "card_of", lambda device: configs.Card("", 80, 108))
+
+
 def among_nan(x: Tensor, gap: int = 8) -> Tensor:
     """The rows of `x [M, K]` with `gap` NaN between them."""
     wide = torch.full((x.shape[0], x.shape[1] + gap), torch.nan, dtype=x.dtype)

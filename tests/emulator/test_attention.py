@@ -8,19 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-from pagemill.kernels.gpu import attention, configs, ops
+from pagemill.kernels.gpu import attention, ops
 from tests.emulator.conftest import BF16, assert_within
 from tests.emulator.launch import Launch, emulated
 from tests.gpu.reference import Batch, attend
 
 FP8 = torch.float8_e4m3fn
 CACHES = [torch.bfloat16, torch.int8, FP8]
-
-
-@pytest.fixture(autouse=True)
-def _a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The tiles of an A100, and its multiprocessors, which the number of split-KV ranges depends on."""
-    monkeypatch.setattr(configs, "card_of", lambda device: configs.Card("", 80, 108))
 
 
 def check(

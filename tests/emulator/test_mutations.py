@@ -12,17 +12,12 @@ from types import ModuleType
 import pytest
 import torch
 
-from pagemill.kernels.gpu import attention, linear, ops
+from pagemill.kernels.gpu import attention, linear
 from tests.emulator import test_attention, test_linear
 from tests.emulator.memory import PtxError
 
 Mutate = Callable[[ModuleType, str, str], ModuleType]
 Caught = (AssertionError, PtxError)
-
-
-@pytest.fixture(autouse=True)
-def _a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ops, "_processors", lambda device: 108)
 
 
 @pytest.fixture
