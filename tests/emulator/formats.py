@@ -18,6 +18,12 @@ UNSIGNED: dict[int, Any] = {1: np.bool_, 8: np.uint8, 16: np.uint16, 32: np.uint
 SIGNED: dict[int, Any] = {8: np.int8, 16: np.int16, 32: np.int32, 64: np.int64}
 FLOAT: dict[int, Any] = {16: np.float16, 32: np.float32, 64: np.float64}
 _FLOAT8 = {"e4m3": (torch.float8_e4m3fn, 448.0), "e5m2": (torch.float8_e5m2, 57344.0)}
+_SAME_SIZE: dict[str, Any] = {
+    "f16": np.float16, "f32": np.float32, "f64": np.float64,
+    **{f"{letter}{width}": kind for letter in "bu" for width, kind in UNSIGNED.items() if width > 1},
+    **{f"s{width}": kind for width, kind in SIGNED.items()},
+}  # fmt: skip
+"""Types that numpy has."""
 _TYPE = re.compile(r"(pred|[busf](8|16|32|64|128)|bf16|tf32|e4m3|e5m2)(x2)?")
 
 
@@ -47,6 +53,8 @@ def _float8_values(kind: str) -> Array:
 
 def numbers(bits: Array, kind: str) -> Array:
     """Register bits as numbers; a packed type's have a leading axis of two, the low half first."""
+    if (known := _SAME_SIZE.get(kind)) is not None and bits.itemsize * 8 == bits_of(kind):
+        return bits.view(known)
     if kind.endswith("x2"):
         half = bits_of(kind) // 2
         whole = bits.astype(UNSIGNED[2 * half])
@@ -61,11 +69,7 @@ def numbers(bits: Array, kind: str) -> Array:
         return (bits & np.uint32(0xFFFFE000)).view(np.float32)
     if kind == "pred":
         return bits
-    width = bits_of(kind)
-    bits = np.ascontiguousarray(bits).astype(UNSIGNED[width], copy=False)
-    if kind[0] == "f":
-        return bits.view(FLOAT[width])
-    return bits.view(SIGNED[width]) if kind[0] == "s" else bits
+    return bits.astype(UNSIGNED[bits_of(kind)]).view(_SAME_SIZE[kind])
 
 
 def _odd(value: Array) -> Array:
@@ -89,6 +93,8 @@ def _bf16(value: Array) -> Array:
 
 def raw(value: Array, kind: str) -> Array:
     """Numbers as register bits, rounded to the nearest; float8 saturates."""
+    if (known := _SAME_SIZE.get(kind)) is not None and value.dtype == known:
+        return value.view(UNSIGNED[value.itemsize * 8])
     if kind.endswith("x2"):
         half = bits_of(kind) // 2
         low, high = raw(value[0], kind[:-2]), raw(value[1], kind[:-2])
@@ -105,7 +111,7 @@ def raw(value: Array, kind: str) -> Array:
         return np.asarray(value, np.bool_)
     width = bits_of(kind)
     if kind[0] == "f" or kind == "tf32":
-        return np.ascontiguousarray(value.astype(FLOAT[width], copy=False)).view(UNSIGNED[width])
+        return value.astype(FLOAT[width]).view(UNSIGNED[width])
     if value.dtype.kind in "iu":
         return value.astype(SIGNED[width] if kind[0] == "s" else UNSIGNED[width], copy=False).view(
             UNSIGNED[width]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -13,6 +14,7 @@ from tests.emulator.memory import GlobalMemory, PtxError, Window
 from tests.emulator.ptx import (
     Address,
     Discard,
+    Immediate,
     Instruction,
     Operand,
     Pair,
@@ -25,7 +27,7 @@ from tests.emulator.ptx import (
 if TYPE_CHECKING:
     from tests.emulator.warps import Warps
 
-__all__ = ["EXECUTE", "Branch", "Mask"]
+__all__ = ["EXECUTE", "Branch", "Mask", "unsupported"]
 
 Mask = Array | None
 """Lanes that take part; None: all."""
@@ -51,6 +53,10 @@ def _chosen(array: Array, mask: Mask) -> Array:
 
 def _parts(operand: Operand) -> list[Operand]:
     return operand.parts if isinstance(operand, Vector) else [operand]
+
+
+def unsupported(warps: Warps, ins: Instruction, mask: Mask) -> Branch:
+    raise PtxError(f"unsupported: {ins.text}")
 
 
 # Control
@@ -387,6 +393,11 @@ def _funnel_shift(warps: Warps, ins: Instruction, mask: Mask) -> Branch:
 def _permute_bytes(warps: Warps, ins: Instruction, mask: Mask) -> Branch:
     if ins.words != ["b32"]:
         raise PtxError(f"unsupported: {ins.text}")
+    if isinstance(ins.args[3], Immediate) and not ins.args[3].number & 0x8888:
+        pair = _pair_of_words(warps, ins).view(np.uint8).reshape(-1, 8)
+        chosen = [ins.args[3].number >> 4 * i & 7 for i in range(4)]
+        warps.put(ins.args[0], pair[:, chosen].reshape(-1).view(np.uint32), mask)
+        return None
     pair, selector = _pair_of_words(warps, ins), ins.args[3].bits(warps, 32).astype(np.uint64)
     out = np.zeros(warps.lanes, np.uint64)
     for i in range(4):
@@ -588,43 +599,48 @@ def _collect(warps: Warps, ins: Instruction, mask: Mask) -> Branch:
     return None
 
 
+@lru_cache
+def _fragments(depth: int, each: int) -> tuple[Array, Array, Array]:
+    """Where the elements of A `[16, depth]`, B `[depth, 8]` and of the registers of D lie.
+
+    A's and B's in a warp's registers, counted [register, lane, of a register's `each` numbers]; D's in its `[16, 8]`.
+    """
+    row, column, of = np.arange(32)[:, None] // 4, np.arange(32)[:, None] % 4, np.arange(each)
+    left, right = np.zeros((16, depth), np.int64), np.zeros((depth, 8), np.int64)
+    for i in range(16 * depth // (32 * each)):
+        at = np.arange(i * 32 * each, (i + 1) * 32 * each).reshape(32, each)
+        left[row + 8 * (i % 2), column * each + of + 4 * each * (i // 2)] = at
+    for i in range(8 * depth // (32 * each)):
+        at = np.arange(i * 32 * each, (i + 1) * 32 * each).reshape(32, each)
+        right[column * each + of + 4 * each * i, row] = at
+    result = [(row + 8 * (i // 2)) * 8 + column * 2 + i % 2 for i in range(4)]
+    return left, right, np.concatenate(result).reshape(-1)
+
+
 @_executes("mma")
 def _matrix_product(warps: Warps, ins: Instruction, mask: Mask) -> Branch:
-    """`mma.sync.m16n8k*`, row by column; summed in float64 or int64 and rounded once."""
+    """`mma.sync.m16n8k*`, row by column; summed in float64 and rounded once, or exact in integers."""
     shape = re.search(r"m16n8k(\d+)\.row\.col", ins.text)
     if mask is not None or shape is None:
         raise PtxError(f"unsupported or in divergent code: {ins.text}")
     depth = int(shape.group(1))
     result_type, a_type, b_type, c_type = ins.types[-4:]
     d, a, b, c = (_parts(arg) for arg in ins.args)
-    each = 32 // bits_of(a_type)  # numbers of a register
-    if (
-        len(a) * each * 32 != 16 * depth
-        or len(b) * each * 32 != 8 * depth
-        or result_type == "f16"
-        or c_type == "f16"
-    ):
+    each = 32 // bits_of(a_type)
+    if len(a) * each * 32 != 16 * depth or len(b) * each * 32 != 8 * depth or "f16" in (result_type, c_type):
         raise PtxError(f"unsupported: {ins.text}")
+    left_at, right_at, result_at = _fragments(depth, each)
     count = warps.lanes // 32
-    row, column = np.arange(32) // 4, np.arange(32) % 4
-    kind: Any = np.int64 if a_type[0] in "su" else np.float64
 
-    def unpacked(operand: Operand, of: str) -> list[Array]:
-        bits = (
-            np.ascontiguousarray(operand.bits(warps, 32)).view(UNSIGNED[32 // each]).reshape(count, 32, each)
-        )
-        return [numbers(np.ascontiguousarray(bits[..., i]), of) for i in range(each)]
+    def matrices(registers: list[Operand], kind: str, at: Array) -> Array:
+        """`[warps, *at.shape]`."""
+        bits = np.stack([register.bits(warps, 32).reshape(count, 32) for register in registers], 1)
+        found = numbers(bits.view(UNSIGNED[32 // each]), kind).astype(np.float64)
+        return found.reshape(count, -1)[:, at]
 
-    left, right = np.zeros((count, 16, depth), kind), np.zeros((count, depth, 8), kind)
-    for i, register in enumerate(a):
-        for j, part in enumerate(unpacked(register, a_type)):
-            left[:, row + 8 * (i % 2), column * each + j + 4 * each * (i // 2)] = part
-    for i, register in enumerate(b):
-        for j, part in enumerate(unpacked(register, b_type)):
-            right[:, column * each + j + 4 * each * i, row] = part
-    out = left @ right
+    product = matrices(a, a_type, left_at) @ matrices(b, b_type, right_at)
+    parts = product.reshape(count, 128)[:, result_at].reshape(count, 4, 32)
     for i in range(4):
-        total = out[:, row + 8 * (i // 2), column * 2 + i % 2].reshape(-1) + c[i].value(warps, c_type)
-        bits = (total & 0xFFFFFFFF).astype(np.uint32) if kind is np.int64 else raw(total, result_type)
-        warps.put(d[i], bits, None)
+        total = parts[:, i].reshape(-1) + c[i].value(warps, c_type)
+        warps.put(d[i], raw(total, result_type), None)
     return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -26,6 +27,14 @@ __all__ = [
     "Symbol",
     "Vector",
 ]
+
+
+@lru_cache(maxsize=4096)
+def _constant(number: int, lanes: int, width: int) -> Array:
+    """The same bits in every lane; not to be written to."""
+    whole = np.full(lanes, number & ((1 << width) - 1), UNSIGNED[width])
+    whole.flags.writeable = False
+    return whole
 
 
 class Operand:
@@ -55,8 +64,7 @@ class Immediate(Operand):
     number: int
 
     def bits(self, warps: Warps, width: int) -> Array:
-        number = bool(self.number) if width == 1 else self.number & ((1 << width) - 1)
-        return np.full(warps.lanes, number, UNSIGNED[width])
+        return _constant(self.number if width > 1 else bool(self.number), warps.lanes, width)
 
 
 @dataclass
@@ -95,7 +103,7 @@ class Symbol(Operand):
     def bits(self, warps: Warps, width: int) -> Array:
         if self.name not in warps.module.symbols:
             raise PtxError(f"address of {self.name}")
-        return np.full(warps.lanes, warps.module.symbols[self.name][1], UNSIGNED[width])
+        return _constant(warps.module.symbols[self.name][1], warps.lanes, width)
 
 
 @dataclass
@@ -164,6 +172,8 @@ class Instruction:
 
 def _split(text: str) -> list[str]:
     """At commas outside of brackets."""
+    if "{" not in text and "(" not in text:
+        return [part.strip() for part in text.split(",")] if text.strip() else []
     parts, depth, part = [], 0, ""
     for c in text:
         depth += (c in "{[(") - (c in "}])")
@@ -178,6 +188,8 @@ def _split(text: str) -> list[str]:
 _VARIABLE = re.compile(
     r"\.(shared|global|const|local)\s+(?:\.align\s+(\d+)\s+)?\.(\w+)\s+([\w$]+)((?:\[\d*\])?)(?:\s*=\s*\{?([^}]*)\}?)?$"
 )
+_STATEMENT = re.compile(r"\s*(?:([{}])|([\w$]+):|([^;]*);)")
+"""A brace of a scope, a label, or a statement, in which braces hold vectors."""
 _Scopes = list[dict[str, str]]
 
 
@@ -201,6 +213,8 @@ class Module:
             self.params.append((name.group(1), bits_of(kind.group(1)) // 8))
         self.registers: dict[str, int] = {}
         """Widths in bits."""
+        self.of_width: dict[int, list[str]] = {}
+        """Their names."""
         self.instructions: list[Instruction] = []
         self.labels: dict[str, int] = {}
         self.symbols: dict[str, tuple[str, int]] = {}
@@ -211,6 +225,8 @@ class Module:
         for statement in text[: entry.start()].split(";"):
             self._variable(" ".join(statement.split()))
         self._body(text[entry.end() :])
+        for register, width in self.registers.items():
+            self.of_width.setdefault(width, []).append(register)
 
     def _variable(self, statement: str) -> None:
         found = _VARIABLE.search(statement)
@@ -240,28 +256,23 @@ class Module:
     def _body(self, text: str) -> None:
         """Statements up to the kernel's closing brace; braces between them (inline assembly) are scopes of register names."""
         scopes: _Scopes = [{}]
-        number, statement = 0, ""
-        for c in text:
-            if c in "{}" and not statement.strip():
-                if c == "{":
-                    scopes.append({})
-                    number += 1
-                elif len(scopes) == 1:
+        number = at = 0
+        while found := _STATEMENT.match(text, at):
+            at = found.end()
+            brace, label, statement = found.groups()
+            if brace == "{":
+                scopes.append({})
+                number += 1
+            elif brace:
+                scopes.pop()
+                if not scopes:
                     return
-                else:
-                    scopes.pop()
-                statement = ""
-            elif c == ":" and re.fullmatch(r"\s*[\w$]+", statement):
-                self.labels[statement.strip()] = len(self.instructions)
-                statement = ""
-            elif c != ";":
-                statement += c
-            else:
-                whole, statement = " ".join(statement.split()), ""
-                if whole.startswith("."):
-                    self._declaration(whole, scopes, number)
-                elif whole:
-                    self.instructions.append(self._instruction(whole, scopes))
+            elif label:
+                self.labels[label] = len(self.instructions)
+            elif statement.startswith("."):
+                self._declaration(" ".join(statement.split()), scopes, number)
+            elif statement:
+                self.instructions.append(self._instruction(" ".join(statement.split()), scopes))
         raise PtxError("the kernel does not end")
 
     def _declaration(self, statement: str, scopes: _Scopes, number: int) -> None:
@@ -308,6 +319,8 @@ class Module:
 
     @staticmethod
     def _resolved(name: str, scopes: _Scopes) -> str:
+        if len(scopes) == 1:
+            return name
         return next((scope[name] for scope in reversed(scopes) if name in scope), name)
 
     def _instruction(self, text: str, scopes: _Scopes) -> Instruction:

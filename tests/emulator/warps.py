@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from tests.emulator.formats import UNSIGNED, Array
-from tests.emulator.instructions import EXECUTE, Branch, Mask
+from tests.emulator.instructions import EXECUTE, Mask, unsupported
 from tests.emulator.memory import GlobalMemory, PtxError, SharedMemory, Window
 from tests.emulator.ptx import Discard, Instruction, Module, Operand, Pair, Register, Vector
 
@@ -44,9 +44,10 @@ class Warps:
 
     def __post_init__(self) -> None:
         self.registers = {}
-        for name, width in self.module.registers.items():
+        for width, names in self.module.of_width.items():
             poison = True if width == 1 else 0xFFFFDEADFFFFDEAD & ((1 << width) - 1)
-            self.registers[name] = np.full(self.lanes, poison, UNSIGNED[width])
+            file = np.full((len(names), self.lanes), poison, UNSIGNED[width])
+            self.registers.update(zip(names, file, strict=True))
         thread = self.first + np.arange(self.lanes)
         self.lane = thread % 32
         self.local = Window(self.module.local * self.lanes)
@@ -63,7 +64,10 @@ class Warps:
         """Write a result for the lanes in `mask`; narrower or wider registers take the low bits."""
         if isinstance(target, Register):
             register = self.registers[target.name]
-            np.copyto(register, bits.astype(register.dtype, copy=False), where=True if mask is None else mask)
+            if mask is None:
+                register[:] = bits
+            else:
+                np.copyto(register, bits, where=mask, casting="unsafe")
         elif isinstance(target, Vector):
             width = bits.dtype.itemsize * 8
             each = width // len(target.parts)
@@ -96,7 +100,9 @@ class Warps:
                 instruction.count += 1
                 mask = self._mask(instruction, None if converged else here)
                 skipped = mask is not None and not mask.any()
-                happens = None if skipped else self._execute(instruction, mask)
+                happens = (
+                    None if skipped else EXECUTE.get(instruction.op, unsupported)(self, instruction, mask)
+                )
                 if converged and happens is None:
                     at += 1
                 elif converged and mask is None and isinstance(happens, int):
@@ -123,9 +129,3 @@ class Warps:
         if here is not None:
             return mask & here
         return None if mask.all() else mask
-
-    def _execute(self, instruction: Instruction, mask: Mask) -> Branch:
-        execute = EXECUTE.get(instruction.op)
-        if execute is None:
-            raise PtxError(f"unsupported: {instruction.text}")
-        return execute(self, instruction, mask)
