@@ -189,7 +189,9 @@ def matmul(card: Card, form: str, gated: bool, m: int, n: int, k: int) -> Matmul
     tile = tiles[0]
     products = 2 if gated else 1
     affordable = int(k * _BYTES[form]) // (8 * m * products) if m else 1
-    splits = min(2 * card.processors // max(1, programs(tile)), affordable, k // (4 * tile.inputs), _MOST_SPLITS)
+    splits = min(
+        2 * card.processors // max(1, programs(tile)), affordable, k // (4 * tile.inputs), _MOST_SPLITS
+    )
     return replace(tile, splits=max(1, splits))
 
 

@@ -22,7 +22,7 @@ ARCH = {"fp8": 89}
 CASES = {
     "one row": (1, 70, 100, False, False),
     "one row of a gate": (1, 30, 200, True, False),
-    "a full tile, cut in many": (16, 64, 512, False, True),
+    "a full tile, cut in many": (16, 64, 1024, False, True),
     "a row more, odd inputs": (17, 33, 855, True, True),
     "wide, a feature more": (65, 129, 192, False, True),
     "wide, a gate": (130, 40, 72, True, False),
