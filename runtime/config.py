@@ -14,6 +14,11 @@ WeightCache = Literal["auto", "on", "off"]
 KvCacheDType = Literal["auto", "int8", "fp8"]
 
 
+def default_fraction(device: str) -> float:
+    """The part of the free memory of a device ("cpu", "cuda:0") that keys and values take: a GPU is there for nothing else."""
+    return 0.3 if device == "cpu" else 0.9
+
+
 @dataclass(frozen=True)
 class EngineConfig:
     """Everything about an engine but its model."""
@@ -43,7 +48,9 @@ class EngineConfig:
     kv_cache_bytes: int | None = None
     """Memory for keys and values, never exceeded; None takes `kv_cache_fraction` of what is free, at most what
     `max_num_seqs` sequences of full length need."""
-    kv_cache_fraction: float = 0.3
+    kv_cache_fraction: float | None = None
+    """Of what is free once the model is loaded, on a GPU also beside what the largest step takes; None takes
+    `default_fraction`."""
     kv_cache_dtype: KvCacheDType = "auto"
     """What keys and values are stored in: auto is `dtype`; int8 and fp8 (e4m3) hold about twice the tokens, each key and value
     scaled by itself. fp8 needs the Triton kernels and a GPU of compute capability 8.9 or newer."""
@@ -84,5 +91,5 @@ class EngineConfig:
             refuse("kv_cache_dtype", "auto, int8 or fp8")
         if self.max_num_seqs > 1 << 16:
             refuse("max_num_seqs", f"at most {1 << 16}")
-        if not 0 < self.kv_cache_fraction <= 1:
+        if self.kv_cache_fraction is not None and not 0 < self.kv_cache_fraction <= 1:
             refuse("kv_cache_fraction", "above 0 and at most 1")

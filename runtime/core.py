@@ -14,7 +14,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from math import isfinite, nan
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +21,7 @@ import torch
 from torch import Tensor
 
 from pagemill.cache import BlockPool, ImageCache
-from pagemill.config import EngineConfig
+from pagemill.config import EngineConfig, default_fraction
 from pagemill.decode.control import Control
 from pagemill.decode.drafts import DraftBudget, Drafter, DraftIndex
 from pagemill.decode.guidance import GuideFactory, PageFormat
@@ -31,7 +30,8 @@ from pagemill.decode.page import is_degenerate, is_json_object, parse_page
 from pagemill.decode.sampler import SamplingParams, Want, sample
 from pagemill.decode.verdict import Attempt, best_attempt, confidence, num_printed, text_mismatch
 from pagemill.errors import ConfigError, RequestError, sentence
-from pagemill.gpu import gpu_of
+from pagemill.gpu import Gpu, gpu_of
+from pagemill.memory import free_memory, gigabytes, spending
 from pagemill.model.loader import Model
 from pagemill.model.prompt import Prompter
 from pagemill.model.rope import mrope_positions
@@ -49,6 +49,9 @@ GIVEN_ROWS = 256  # tokens of references judged in one step: a row of logits tak
 _ROWS_BESIDE = 48  # masks of fewer rows are made after the model has run: another thread takes over too late
 _MAX_SALTS = 4  # whose outputs are remembered for drafts: some 25 MB each
 _NOT_FINITE = "the model computed values that are not finite numbers; try float32, or check the checkpoint"
+_LOWER_STEP = "lower max_step_tokens, max_step_image_tokens or max_num_seqs, or quantize the weights"
+_LOWER_GRAPHS = "lower kv_cache_fraction or max_num_seqs, or set cuda_graphs=False"
+_LOWER_USE = "lower kv_cache_fraction, max_step_tokens or max_step_image_tokens"
 _RETRY_TEMPERATURE = 0.3  # enough to leave the path that ended badly
 
 
@@ -79,6 +82,7 @@ class EngineCore:
             raise ConfigError(
                 f"max_model_len {self.max_model_len} is beyond the model's {text.max_position_embeddings} positions"
             )
+        self.images: ImageCache[Tensor] = ImageCache(2 * config.max_step_image_tokens)
         self.kv_dtype = _KV_DTYPES.get(config.kv_cache_dtype, dtype)
         if self.kv_dtype not in (dtype, *model.decoder.kernels.quantised_kv):
             raise ConfigError(
@@ -88,13 +92,16 @@ class EngineCore:
         per_block = block_bytes(
             text.num_layers, text.num_kv_heads, text.head_dim, config.block_size, self.kv_dtype
         )
-        free = max(0, _free_memory(model.vision.device) - model.mapped_bytes)
+        fraction = config.kv_cache_fraction or default_fraction("cpu" if self.gpu is None else "cuda")
+        free = max(0, free_memory(self.gpu) - model.mapped_bytes)
+        if self.gpu is not None:
+            free -= self._needed(self.gpu, free)
         if config.kv_cache_bytes is not None and config.kv_cache_bytes > free:
             raise ConfigError(
                 f"kv_cache_bytes {config.kv_cache_bytes} is more than the {free} bytes of free memory"
             )
         self.kv_cache_bytes = config.kv_cache_bytes or min(
-            int(config.kv_cache_fraction * free),
+            int(fraction * free),
             per_block * config.max_num_seqs * -(-self.max_model_len // config.block_size),
         )
         num_blocks = self.kv_cache_bytes // per_block
@@ -103,7 +110,6 @@ class EngineCore:
                 f"kv_cache_bytes {self.kv_cache_bytes} is less than one KV block ({per_block} bytes)"
             )
         self.blocks = BlockPool(num_blocks, config.block_size, config.prefix_sharing)
-        self.images: ImageCache[Tensor] = ImageCache(2 * config.max_step_image_tokens)
         self.scheduler = Scheduler(
             self.blocks,
             self.images,
@@ -111,19 +117,10 @@ class EngineCore:
             max_step_tokens=config.max_step_tokens,
             max_step_image_tokens=config.max_step_image_tokens,
         )
-        self.runner = Runner(
-            model,
-            self.images,
-            num_blocks=num_blocks,
-            block_size=config.block_size,
-            max_num_seqs=config.max_num_seqs,
-            max_model_len=self.max_model_len,
-            device=model.vision.device,
-            dtype=self.kv_dtype,
-            gpu=self.gpu,
-        )
+        self.runner = self._runner(num_blocks)
         if config.cuda_graphs:
-            self.runner.record_graphs()
+            with spending(self.gpu, "recording decode steps", _LOWER_GRAPHS):
+                self.runner.record_graphs()
         self._draft_indexes: OrderedDict[str, DraftIndex] = OrderedDict()
         self.draft_budget = DraftBudget()
         self.page_format = page_format or PageFormat()
@@ -136,6 +133,42 @@ class EngineCore:
         self._mask_thread = ThreadPoolExecutor(1, thread_name_prefix="pagemill-masks")
         self._next_id = 0
         self.stats = EngineStats(max_num_seqs=config.max_num_seqs, num_blocks=num_blocks)
+
+    def _runner(self, num_blocks: int) -> Runner:
+        config, device = self.config, self.model.vision.device
+        return Runner(
+            self.model,
+            self.images,
+            num_blocks=num_blocks,
+            block_size=config.block_size,
+            max_num_seqs=config.max_num_seqs,
+            max_model_len=self.max_model_len,
+            device=device,
+            dtype=self.kv_dtype,
+            gpu=self.gpu,
+        )
+
+    def _needed(self, gpu: Gpu, free: int) -> int:
+        """Bytes of a GPU that keys and values may not take, found by computing the largest steps.
+
+        Raises `ConfigError` where that leaves nothing.
+        """
+        config, text = self.config, self.model.config.text
+        trial = self._runner(1)
+        with spending(gpu, "computing the largest step", _LOWER_STEP):
+            rows = min(config.max_step_tokens, max(GIVEN_ROWS, config.max_num_seqs * (1 + _MAX_DRAFT)))
+            step = gpu.peak(
+                lambda: trial.try_step(config.max_step_tokens, config.max_step_image_tokens, rows)
+            )
+            if config.cuda_graphs:  # recorded steps have memory of their own
+                step += gpu.peak(trial.try_decoding)
+        images = self.images.capacity_tokens * text.hidden_size * self.model.vision.dtype.itemsize
+        if step + images >= free:
+            raise ConfigError(
+                f"{gpu.device} has {gigabytes(free)} free beside the model, and the largest step takes "
+                f"{gigabytes(step + images)} of it; {_LOWER_STEP}"
+            )
+        return step + images
 
     def close(self) -> None:
         """End the thread that computes token masks."""
@@ -299,7 +332,8 @@ class EngineCore:
         if masked and sum(1 + len(draft) for _, draft in wanting) >= _ROWS_BESIDE:
             masks = self._mask_thread.submit(self._fill_masks, wanting)
         started, clock = time.perf_counter(), self._clock()
-        logits = self.runner.execute(plan)
+        with spending(self.gpu, "in a step", _LOWER_USE):
+            logits = self.runner.execute(plan)
         mask: Tensor | None = None
         if masked:
             filled = self._fill_masks(wanting) if masks is None else masks.result()
@@ -308,7 +342,8 @@ class EngineCore:
         wants = [
             Want(seq.control.sampling, seq.token_ids, draft, _given(seq, draft)) for seq, draft in wanting
         ]
-        token_ids, logprobs = sample(logits, wants, self.model.decoder.kernels.greedy, mask)
+        with spending(self.gpu, "choosing tokens", _LOWER_USE):
+            token_ids, logprobs = sample(logits, wants, self.model.decoder.kernels.greedy, mask)
         now = time.perf_counter()
         stats = self.stats
         encode_s, model_s = self.runner.seconds(plan)
@@ -531,20 +566,3 @@ def _given(seq: Sequence, draft: list[int]) -> SequenceOf[int] | None:
         return None
     done = len(seq.token_ids) - seq.num_prompt
     return reference[done : done + 1 + len(draft)]
-
-
-def _free_memory(device: torch.device) -> int:
-    """Bytes of memory that can be had now on the device."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-    free = int(fields["MemAvailable"].split()[0]) * 1024
-    # A container's own limit, control groups of version 2, then 1.
-    for limit, used in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-    ):
-        with suppress(OSError, ValueError):  # not limited, or no such controller
-            root = Path("/sys/fs/cgroup")
-            free = min(free, int((root / limit).read_text()) - int((root / used).read_text()))
-    return max(free, 0)

@@ -38,6 +38,8 @@ from pagemill.decode.page import parse_page
 from pagemill.decode.sampler import SamplingParams
 from pagemill.decode.verdict import Confidence
 from pagemill.errors import CheckpointError, ConfigError, PagemillError, RequestError, sentence
+from pagemill.gpu import gpu_of
+from pagemill.memory import spending
 from pagemill.model.config import read_config
 from pagemill.model.loader import find_checkpoint, load_model
 from pagemill.model.prompt import Profile, Prompter, page_messages, read_profile
@@ -210,16 +212,17 @@ class Engine:
                     f"{folder}: config.json has {name_in_both} {ours}, the image settings have {theirs}"
                 )
         chosen = kernels.select(config.kernels, device, dtype)
-        model = load_model(
-            folder,
-            model_config,
-            chosen,
-            device,
-            dtype,
-            quantize=config.quantize,
-            weight_cache=config.weight_cache,
-            check_beside=True,
-        )
+        with spending(gpu_of(device), f"loading {name}", 'use quantize="int4", or a larger device'):
+            model = load_model(
+                folder,
+                model_config,
+                chosen,
+                device,
+                dtype,
+                quantize=config.quantize,
+                weight_cache=config.weight_cache,
+                check_beside=True,
+            )
         return cls(
             EngineCore(model, prompter, config, dtype, page_format(profile)),
             processor,
@@ -813,6 +816,7 @@ class Engine:
                         command()
 
     def _step(self) -> None:
+        failed = False
         try:
             advanced, finished = self.core.step()
         except Exception as error:
@@ -823,7 +827,13 @@ class Engine:
                 self._end(seq, reason)
             for seq in [seq for seq in self._tickets if seq.finish_reason is not None]:  # in this very step
                 self._end(seq, None)
-            return
+            advanced = finished = []
+            failed = True
+        if (
+            failed and self.core.gpu is not None
+        ):  # now that the error is gone, which held what it was raised over
+            with suppress(Exception):
+                self.core.gpu.tidy()
         for seq in advanced:
             if seq.finish_reason is None and (on_token := self._tickets[seq].on_token) is not None:
                 on_token(seq)
@@ -923,11 +933,21 @@ def _device(name: str) -> torch.device:
         raise ConfigError(f"device should be cpu or cuda (or cuda:N), got {name!r}") from None
     if device.type not in ("cpu", "cuda"):
         raise ConfigError(f"device should be cpu or cuda (or cuda:N), got {name!r}")
-    if device.type == "cuda" and not torch.cuda.is_available():
+    if device.type == "cpu":
+        return device
+    if not torch.backends.cuda.is_built() and torch.version.hip is None:
         raise ConfigError(
-            "device cuda was asked for, but torch sees no CUDA device (driver missing, or a CPU build)"
+            f"device {name} was asked for, but this torch is built for CPUs only: it sees no CUDA device"
         )
-    return device
+    if not torch.cuda.is_available():
+        raise ConfigError(
+            f"device {name} was asked for, but torch sees no CUDA device: is there a GPU, and a driver not older than "
+            f"CUDA {torch.version.cuda} needs?"
+        )
+    count = torch.cuda.device_count()
+    if device.index is not None and device.index >= count:
+        raise ConfigError(f"there is no device {name}: torch sees {count}, cuda:0 to cuda:{count - 1}")
+    return torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
 
 
 def _dtype(asked: str, stored: str) -> torch.dtype:

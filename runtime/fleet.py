@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pagemill.config import EngineConfig
+from pagemill.config import EngineConfig, default_fraction
 from pagemill.decode.sampler import SamplingParams
 from pagemill.engine import Engine, Inputs, failed_page, find_pages
 from pagemill.errors import ConfigError, DeviceError, PagemillError, RequestError, sentence
@@ -169,7 +169,7 @@ class Fleet:
         workers = []
         for device in devices:
             inside, environment = _environment(device)
-            fraction = {"kv_cache_fraction": defaults.kv_cache_fraction / devices.count(device)}
+            fraction = {"kv_cache_fraction": default_fraction(device) / devices.count(device)}
             workers.append((device, {**fraction, **own, "device": inside}, environment))
         return cls(name, workers)
 

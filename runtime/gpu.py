@@ -1,4 +1,4 @@
-"""What an engine asks of a GPU besides arithmetic: pinned memory, copies behind its back, graphs.
+"""What an engine asks of a GPU besides arithmetic: memory, copies behind its back, graphs.
 
 A CPU needs none of it. This is the one seam to a device: tests put a fake in its place (`tests/fake_gpu.py`).
 """
@@ -23,6 +23,28 @@ class Gpu:
     def use(self) -> None:
         """Make it this thread's device: Triton launches on the current one, whatever its arguments lie on."""
         torch.cuda.set_device(self.device)
+
+    def memory(self) -> tuple[int, int]:
+        """Bytes that can be had now, what torch holds without using it included, and bytes that the device has."""
+        free, total = torch.cuda.mem_get_info(self.device)
+        held = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+        return free + held, total
+
+    def tidy(self) -> None:
+        """Give back what torch holds without using it: pieces of one size are no room for another."""
+        torch.cuda.empty_cache()
+
+    def peak(self, run: Callable[[], None]) -> int:
+        """Bytes that `run` takes at its height, beyond what was taken before."""
+        self.tidy()
+        before = torch.cuda.memory_reserved(self.device)
+        torch.cuda.reset_peak_memory_stats(self.device)
+        with torch.cuda.device(self.device):
+            run()
+            torch.cuda.synchronize()
+        peak = torch.cuda.max_memory_reserved(self.device) - before
+        self.tidy()
+        return peak
 
     def host_memory(self, num_bytes: int) -> Tensor:
         """Pinned memory, uint8 `[num_bytes]`: only from there does a copy run behind the calls."""

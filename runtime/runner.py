@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from math import isqrt
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from pagemill.model.decoder import RaggedBatch
 from pagemill.model.loader import Model
 from pagemill.scheduler import StepPlan
 from pagemill.sequence import Sequence, SequenceImage
-from pagemill.staging import Staging
+from pagemill.staging import Arrays, Staging
 
 _CPU_ENCODE_TOKENS = 512
 """Image tokens that go through the vision tower together on a CPU, or one larger image: more would leave the caches, and
@@ -105,6 +106,10 @@ class Runner:
         """Of the last step: before its images, after them, after the decoder."""
         self._encode_tokens = _CPU_ENCODE_TOKENS if device.type == "cpu" else 1 << 30
         self._max_model_len = max_model_len
+        if (
+            gpu is not None
+        ):  # tables of angles are whole from the start: a graph needs them to stay where they are
+            model.decoder.rope.tables(max_model_len - 1)
         self._block_tables = np.zeros((max_num_seqs, -(-max_model_len // block_size)), dtype=np.int32)
         self._staging = None if gpu is None else Staging(gpu)
         self._graphs: DecodeGraphs | None = None
@@ -115,7 +120,6 @@ class Runner:
             return
         self.model.settle()
         decoder = self.model.decoder
-        decoder.rope.tables(self._max_model_len - 1)
         max_num_seqs, max_blocks = self._block_tables.shape
         self._graphs = DecodeGraphs(
             self.gpu,
@@ -125,6 +129,36 @@ class Runner:
             max_blocks=max_blocks,
             vocab_size=self.model.config.text.vocab_size,
         )
+
+    def try_step(self, tokens: int, image_tokens: int, logit_rows: int) -> None:
+        """Compute a step of this size for nothing, an image of about so many tokens before it: no key is written."""
+        vision = self.model.config.vision
+        side = vision.spatial_merge_size * max(1, isqrt(image_tokens))
+        patches = torch.zeros(side * side, vision.patch_bytes, dtype=torch.uint8)
+        (image,) = self.model.vision([(patches, torch.zeros(vision.in_channels, 256), (1, side, side))])
+        starts = [*range(0, tokens, min(tokens, self._max_model_len)), tokens]
+        arrays = self._nothing(np.array(starts, dtype=np.int32), logit_rows)
+        arrays["image_rows"] = np.arange(min(tokens, len(image)))
+        self.model.decoder.kernels.greedy(self._compute(arrays, image[:tokens]))
+
+    def try_decoding(self) -> None:
+        """Compute a token of as many sequences as there may be, for nothing."""
+        most = len(self._block_tables)
+        self._compute(self._nothing(np.arange(most + 1, dtype=np.int32), most), None)
+
+    def _nothing(self, query_start: npt.NDArray[np.int32], logit_rows: int) -> dict[str, npt.NDArray[Any]]:
+        """Arrays of a batch whose keys go nowhere and come from block 0. The last rows want logits."""
+        tokens = int(query_start[-1])
+        counts = np.diff(query_start)
+        return {
+            "token_ids": np.zeros(tokens, dtype=np.int64),
+            "positions": np.zeros((3, tokens), dtype=np.int64),
+            "slots": np.full(tokens, -1, dtype=np.int64),
+            "query_start": query_start,
+            "context_lens": counts,
+            "block_tables": np.zeros((len(counts), self._block_tables.shape[1]), dtype=np.int32),
+            "logit_rows": np.arange(tokens - logit_rows, tokens),
+        }
 
     def execute(self, plan: StepPlan) -> Tensor:
         """Run one step. Returns logits float32 `[R, V]`: for each of `plan.wanting()` a row after its last token, and one
@@ -164,6 +198,9 @@ class Runner:
         arrays, image_embeds = self._lay_out(plan)
         if self._graphs is not None and self._graphs.takes(arrays):
             return self._graphs(arrays)
+        return self._compute(arrays, image_embeds)
+
+    def _compute(self, arrays: Arrays, image_embeds: Tensor | None) -> Tensor:
         if self._staging is None:
             tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
         else:

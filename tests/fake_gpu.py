@@ -1,7 +1,5 @@
 """A GPU made of the CPU, that is as strict as a real one about what a graph may use."""
 
-from dataclasses import replace
-
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -42,9 +40,23 @@ class FakeGpu(Gpu):
         self.replayed = []
         """Number of the graph, in the order of recording."""
         self.copies = 0
+        self.free, self.total = 1 << 30, 2 << 30
+        self.peaks = [100 << 20, 10 << 20]
+        """What the next runs take at their height."""
+        self.num_tidied = 0
 
     def use(self):
         pass
+
+    def memory(self):
+        return self.free, self.total
+
+    def tidy(self):
+        self.num_tidied += 1
+
+    def peak(self, run):
+        run()
+        return self.peaks.pop(0)
 
     def host_memory(self, num_bytes):
         return torch.full((num_bytes,), 0x55, dtype=torch.uint8)
@@ -75,8 +87,3 @@ class FakeGpu(Gpu):
             self.replayed.append(number)
 
         return replay
-
-
-def capturable(kernels):
-    """The kernels, as if they could be recorded: of the fake they can."""
-    return replace(kernels, capturable=True)

@@ -68,9 +68,8 @@ class World:
         self.bytes_of_token = block_bytes(t.num_layers, t.num_kv_heads, t.head_dim, 1, torch.float32)
 
     def core(self, *, num_blocks=200, block_size=16, **options):
-        config = EngineConfig(
-            block_size=block_size, kv_cache_bytes=num_blocks * block_size * self.bytes_of_token, **options
-        )
+        options = {"kv_cache_bytes": num_blocks * block_size * self.bytes_of_token, **options}
+        config = EngineConfig(block_size=block_size, **options)
         return EngineCore(self.model, self.prompter, config, torch.float32)
 
     def add(self, core, ask, priority=0, page=None, **params):

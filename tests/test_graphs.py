@@ -35,6 +35,7 @@ def gpu(monkeypatch):
     """What engines take their device for."""
     gpu = FakeGpu()
     monkeypatch.setattr("pagemill.core.gpu_of", lambda device: gpu)
+    monkeypatch.setattr(gpu, "peak", lambda run: 0)
     return gpu
 
 

@@ -609,7 +609,7 @@ def test_when_files_are_kept(micro, folder, monkeypatch):
 
 
 def test_an_engine_says_where_its_weights_came_from(folder, monkeypatch):
-    monkeypatch.setattr("pagemill.core._free_memory", lambda device: 1 << 30)
+    monkeypatch.setattr("pagemill.core.free_memory", lambda gpu: 1 << 30)
     said, kv = [], []
     for _ in range(2):
         with Engine.from_pretrained("pagemill-tiny", weight_cache="on", max_num_seqs=4096) as engine:
