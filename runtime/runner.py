@@ -138,7 +138,8 @@ class Runner:
         (image,) = self.model.vision([(patches, torch.zeros(vision.in_channels, 256), (1, side, side))])
         starts = [*range(0, tokens, min(tokens, self._max_model_len)), tokens]
         arrays = self._nothing(np.array(starts, dtype=np.int32), logit_rows)
-        arrays["image_rows"] = np.arange(min(tokens, len(image)))
+        rows = np.arange(tokens, dtype=np.int32)
+        arrays["image_index"] = np.where(rows < len(image), rows, -1).astype(np.int32)
         self.model.decoder.kernels.greedy(self._compute(arrays, image[:tokens]))
 
     def try_decoding(self) -> None:
