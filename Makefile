@@ -4,6 +4,7 @@
 # make bench   page preparation, scheduling, pages/s, and pages/s against transformers, on this machine
 # make sanitize the thread pool under ThreadSanitizer, the kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer
 # make kernels every kernel as a fraction of this machine's limit
+# make bench-gpu on a GPU box: the kernels' tests and speed on the device, their machine code, pages/s of the 3B's shape: out/gpu.md
 # make clean   remove everything that was built
 
 PYTHON ?= python3
@@ -11,7 +12,7 @@ PY := .venv/bin/python
 INSTALLED := build/.installed
 SAMPLES := bench/pages/*.png bench/pages/*.pdf
 
-.PHONY: demo test lint bench kernels sanitize clean FORCE
+.PHONY: demo test lint bench bench-gpu kernels sanitize clean FORCE
 
 demo: $(INSTALLED)
 	@mkdir -p out
@@ -39,6 +40,9 @@ kernels: $(INSTALLED)
 	@mkdir -p out
 	$(PY) -m pytest bench/kernels --benchmark-json=out/kernels.json
 	$(PY) bench/compare_kernels.py out/kernels.json
+
+bench-gpu: $(INSTALLED)
+	$(PY) bench/gpu_report.py
 
 # The checked module stands in build/sanitize/, beside links to the package, and is found there before the installed one.
 # Of ThreadSanitizer's options, die_after_fork=0 lets a child have threads, which is what the test is about. Leaks are not

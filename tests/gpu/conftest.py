@@ -1,25 +1,41 @@
-"""The Triton kernels in Triton's interpreter: `TRITON_INTERPRET=1 python -m pytest tests/gpu`, as `make test` does.
+"""The Triton kernels on a GPU, or in Triton's interpreter: `TRITON_INTERPRET=1 python -m pytest tests/gpu`, as `make test` does.
 
 The interpreter is chosen when triton is imported, so these tests have a process of their own. It computes on CPU tensors; its
-products of bfloat16 are wrong (they multiply the bits), so that float32 and float16 stand for it here.
+products of bfloat16 are wrong (they multiply the bits), so that float32 and float16 stand for it there. Where there is a GPU and
+no interpreter, the same tests run on the GPU, in bfloat16 too: `make bench-gpu`.
 """
 
 import os
+from collections.abc import Iterator
+from contextlib import nullcontext
 
 import pytest
 import torch
 from torch import Tensor
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-collect_ignore_glob = [] if INTERPRETED else ["test_*.py"]
+ON_GPU = torch.cuda.is_available() and not INTERPRETED
+DEVICE = torch.device("cuda" if ON_GPU else "cpu")
+collect_ignore_glob = [] if INTERPRETED or ON_GPU else ["test_*.py"]
+_DTYPES = {"f32": torch.float32, "f16": torch.float16} | ({"bf16": torch.bfloat16} if ON_GPU else {})
 
 
 @pytest.fixture(autouse=True)
-def _seed() -> None:
+def _tensors() -> Iterator[None]:
+    """What a test makes lies on its device."""
     torch.manual_seed(0)
+    with DEVICE if ON_GPU else nullcontext():
+        yield
 
 
-@pytest.fixture(params=[torch.float32, torch.float16], ids=["f32", "f16"])
+@pytest.fixture
+def whole_engine(_tensors: None) -> Iterator[None]:
+    """For tests of more than kernels: the engine says itself where its tensors lie."""
+    with torch.device("cpu"):
+        yield
+
+
+@pytest.fixture(params=_DTYPES.values(), ids=_DTYPES.keys())
 def dtype(request: pytest.FixtureRequest) -> torch.dtype:
     return request.param
 
@@ -32,4 +48,4 @@ def error(found: Tensor, wanted: Tensor) -> float:
 
 def bound(dtype: torch.dtype) -> float:
     """What a few roundings of `dtype` may add up to."""
-    return 2e-6 if dtype == torch.float32 else 1e-3
+    return {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype]

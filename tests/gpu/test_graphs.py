@@ -6,11 +6,16 @@ import pytest
 import torch
 from make_checkpoint import PRESETS, write_checkpoint
 
+from pagemill import Engine, SamplingParams
+from pagemill.gpu import Gpu
 from pagemill.kernels import Kernels, LayerCache, kv_scale_shape, select
 from pagemill.model.config import read_config
 from pagemill.model.decoder import RaggedBatch
 from pagemill.model.loader import load_model
+from tests.gpu.conftest import DEVICE, ON_GPU
 
+pytestmark = pytest.mark.usefixtures("whole_engine")
+PAGES = sorted((Path(__file__).parents[2] / "bench" / "pages").glob("form_2*.png"))
 META = torch.device("meta")
 """Tensors of a shape and no values: to ask one for a value, or for a shape that depends on one, is an error."""
 
@@ -75,7 +80,7 @@ def decode(kernels: Kernels, folder: Path, quantize: str = "none", int8_cache: b
 def test_decoding_looks_at_no_value(
     tmp_path: Path, launches: list[str], quantize: str, int8_cache: bool
 ) -> None:
-    triton = select("triton", torch.device("cpu"), torch.float32)
+    triton = select("triton", DEVICE, torch.float32)
     assert triton.capturable
     assert decode(triton, tmp_path, quantize, int8_cache).is_meta
     assert {"embed_kernel", "paged_kernel", "rotary_cache_kernel"} <= set(launches)
@@ -83,7 +88,34 @@ def test_decoding_looks_at_no_value(
 
 def test_the_reference_looks_at_values(tmp_path: Path) -> None:
     """So the test above can fail; and `capturable` is false."""
-    reference = select("reference", torch.device("cpu"), torch.float32)
+    reference = select("reference", DEVICE, torch.float32)
     assert not reference.capturable
     with pytest.raises(RuntimeError, match="meta"):
         decode(reference, tmp_path)
+
+
+@pytest.mark.skipif(not ON_GPU, reason="CUDA records nothing of the interpreter")
+@pytest.mark.parametrize("quantize", ["none", "int4"])
+def test_pages_are_read_as_without_graphs(quantize: str) -> None:
+    """Really recorded, really replayed: batches of 1 to 6 pages that come and go."""
+    found = []
+    for graphs in (False, True):
+        options = dict(device=str(DEVICE), dtype="float32", quantize=quantize, max_num_seqs=6)
+        with Engine.from_pretrained(**options, cuda_graphs=graphs) as engine:
+            assert (engine.core.runner._graphs is not None) == graphs
+            pages = engine.read(list(map(str, PAGES)), params=SamplingParams(drafts="off"))
+            found.append({page.source: (page.raw, page.error) for page in pages})
+    assert found[0] == found[1]
+    assert all(raw and error is None for raw, error in found[0].values())
+
+
+@pytest.mark.skipif(not ON_GPU, reason="the interpreter has no memory of its own")
+def test_the_device_tells_its_memory() -> None:
+    gpu = Gpu(torch.device("cuda", 0))
+
+    def take() -> None:
+        torch.empty(300 << 20, dtype=torch.uint8, device=gpu.device).fill_(1)
+
+    assert 300 << 20 <= gpu.peak(take) < 400 << 20
+    free, total = gpu.memory()
+    assert 0 < free <= total

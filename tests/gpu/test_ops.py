@@ -11,19 +11,19 @@ from torch import Tensor
 from pagemill import Engine, SamplingParams
 from pagemill.errors import KernelUnavailable
 from pagemill.kernels import QUANTISED_KV, Kernels, Scheme, kv_scale_shape, select
+from tests.gpu.conftest import DEVICE, ON_GPU
 
-CPU = torch.device("cpu")
 PAGE = Path(__file__).parents[2] / "bench" / "pages" / "form_24.png"
 
 
 @pytest.fixture(scope="module")
 def triton() -> Kernels:
-    return select("triton", CPU, torch.float32)
+    return select("triton", DEVICE, torch.float32)
 
 
 @pytest.fixture(scope="module")
 def reference() -> Kernels:
-    return select("reference", CPU, torch.float32)
+    return select("reference", DEVICE, torch.float32)
 
 
 def off(found: Tensor, wanted: Tensor) -> float:
@@ -127,18 +127,21 @@ def test_attention_of_segments(triton: Kernels, reference: Kernels) -> None:
     assert off(found, wanted) < 1e-6
 
 
+@pytest.mark.skipif(ON_GPU, reason="of the interpreter")
 def test_only_what_the_interpreter_can_do_is_taken() -> None:
     with pytest.raises(KernelUnavailable, match="use float32"):
-        select("triton", CPU, torch.bfloat16)
+        select("triton", DEVICE, torch.bfloat16)
 
 
+@pytest.mark.usefixtures("whole_engine")
 def test_a_page_is_read_as_with_the_reference(tmp_path: Path) -> None:
     crop = tmp_path / "crop.png"
     with Image.open(PAGE) as page:
         page.convert("RGB").crop((0, 0, 300, 90)).save(crop)
     texts = []
     for kernels in ("triton", "reference"):
-        with Engine.from_pretrained(dtype="float32", kernels=kernels, max_num_seqs=1) as engine:
+        options = dict(device=str(DEVICE), dtype="float32", kernels=kernels, max_num_seqs=1)
+        with Engine.from_pretrained(**options) as engine:
             assert all(kernels in kind for kind in engine.describe()["kernels"].values())
             (result,) = engine.read(str(crop), params=SamplingParams(max_new_tokens=6))
             texts.append((result.raw, result.error))
