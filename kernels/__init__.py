@@ -20,11 +20,13 @@ from pagemill.errors import KernelUnavailable
 from pagemill.kernels import activation, angles, attention, linear, norm, pixels, rotary, sampling
 from pagemill.kernels.attention import QUANTISED_KV, LayerCache, Shape4, kv_cache_shapes, kv_scale_shape
 from pagemill.kernels.linear import PackedLinear, Scheme
+from pagemill.kernels.norm import Norm
 
 __all__ = [
     "QUANTISED_KV",
     "Kernels",
     "LayerCache",
+    "Norm",
     "PackedLinear",
     "Scheme",
     "kv_cache_shapes",
@@ -72,11 +74,23 @@ class PackQuantizedOp(Protocol):
 
 
 class LinearOp(Protocol):
-    """`linear(x, packed, out_float32=False, residual=None)`."""
+    """`linear(x, packed, out_float32=False, residual=None, norm=None)`."""
 
     def __call__(
-        self, x: Tensor, packed: PackedLinear, *, out_float32: bool = False, residual: Tensor | None = None
+        self,
+        x: Tensor,
+        packed: PackedLinear,
+        *,
+        out_float32: bool = False,
+        residual: Tensor | None = None,
+        norm: Norm | None = None,
     ) -> Tensor: ...
+
+
+class LinearSwigluOp(Protocol):
+    """`linear_swiglu(x, packed, norm=None)`."""
+
+    def __call__(self, x: Tensor, packed: PackedLinear, *, norm: Norm | None = None) -> Tensor: ...
 
 
 class EmbedOp(Protocol):
@@ -140,7 +154,7 @@ class Kernels:
     pack_swiglu: PackSwigluOp
     pack_quantized: PackQuantizedOp
     linear: LinearOp
-    linear_swiglu: Callable[[Tensor, PackedLinear], Tensor]
+    linear_swiglu: LinearSwigluOp
     embed: EmbedOp
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
     swiglu: Callable[[Tensor], Tensor]

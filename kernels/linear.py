@@ -14,7 +14,8 @@ The quantised product is `sum over groups of (x_scale * w_scale) * float(sum ove
 inner sum in integers, the outer one in order in float32 and multiplied and added apart: every implementation computes
 the same bits. A NaN or an infinity in a row (int8) or group (int4) of x makes its results NaN.
 
-Fused forms: the layer's gate and up projections with SwiGLU, and a product that is added to a residual.
+Fused forms: the layer's gate and up projections with SwiGLU, a product that is added to a residual, and one of rows that go
+through an RMSNorm first (`norm`), the same bits as the ops one after the other.
 
 A weight whose columns were sorted by group (GPTQ's `desc_act`) keeps their order, in which x's columns are gathered first.
 One that is packed twice is multiplied in its wide form from `WIDE_ROWS` rows of x on, where arithmetic costs and not reading
@@ -34,6 +35,7 @@ from torch import Tensor
 import pagemill._native as _native
 from pagemill.kernels.check import expect, expect_tensor
 from pagemill.kernels.dlpack import dl
+from pagemill.kernels.norm import Norm, rms_norm_native, rms_norm_reference
 
 __all__ = [
     "WIDE_ROWS",
@@ -353,14 +355,20 @@ def _product(x: Tensor, packed: PackedLinear) -> Tensor:
 
 
 def linear_reference(
-    x: Tensor, packed: PackedLinear, *, out_float32: bool = False, residual: Tensor | None = None
+    x: Tensor,
+    packed: PackedLinear,
+    *,
+    out_float32: bool = False,
+    residual: Tensor | None = None,
+    norm: Norm | None = None,
 ) -> Tensor:
     """`x [M, K]` times the packed weight, plus the bias: `[M, N]`, in x's dtype or float32.
 
     With a `residual [M, N]` of the compute dtype: added to it in place, rounded once, and the residual returned.
+    With a `norm`: of `rms_norm(x, *norm)` instead of x.
     """
     _check_plain(packed, gated=False)
-    y = _product(x, packed)
+    y = _product(x if norm is None else rms_norm_reference(x, *norm), packed)
     if residual is not None:
         expect(not out_float32, "out_float32", "False beside a residual", True)
         expect_tensor("residual", residual, packed.dtype, (len(x), packed.out_features))
@@ -369,10 +377,11 @@ def linear_reference(
     return y.float() if out_float32 else y.to(packed.dtype)
 
 
-def linear_swiglu_reference(x: Tensor, packed: PackedLinear) -> Tensor:
-    """`silu(gate) * up` of x `[M, K]` times a pair of `pack_swiglu`: `[M, I]` in the compute dtype, rounded once."""
+def linear_swiglu_reference(x: Tensor, packed: PackedLinear, *, norm: Norm | None = None) -> Tensor:
+    """`silu(gate) * up` of x `[M, K]` times a pair of `pack_swiglu`: `[M, I]` in the compute dtype, rounded once. With a `norm`:
+    of `rms_norm(x, *norm)` instead of x."""
     _check_plain(packed, gated=True)
-    gate, up = _product(x, packed).float().chunk(2, dim=-1)
+    gate, up = _product(x if norm is None else rms_norm_reference(x, *norm), packed).float().chunk(2, dim=-1)
     return (F.silu(gate) * up).to(packed.dtype)
 
 
@@ -579,10 +588,16 @@ def _run(x: Tensor, packed: PackedLinear, out: Tensor, *, add: bool = False) -> 
 
 
 def linear_native(
-    x: Tensor, packed: PackedLinear, *, out_float32: bool = False, residual: Tensor | None = None
+    x: Tensor,
+    packed: PackedLinear,
+    *,
+    out_float32: bool = False,
+    residual: Tensor | None = None,
+    norm: Norm | None = None,
 ) -> Tensor:
     """`linear_reference` in C++ (`csrc/body_linear.h`); every row of the result is the same bits for any M."""
     _check_plain(packed, gated=False)
+    x = x if norm is None else rms_norm_native(x, *norm)
     if residual is not None:
         expect(not out_float32, "out_float32", "False beside a residual", True)
         expect_tensor("residual", residual, packed.dtype, (len(x), packed.out_features))
@@ -594,9 +609,10 @@ def linear_native(
     return out
 
 
-def linear_swiglu_native(x: Tensor, packed: PackedLinear) -> Tensor:
+def linear_swiglu_native(x: Tensor, packed: PackedLinear, *, norm: Norm | None = None) -> Tensor:
     """`linear_swiglu_reference` in C++: the pair's sums never leave the cache."""
     _check_plain(packed, gated=True)
+    x = x if norm is None else rms_norm_native(x, *norm)
     out = torch.empty(len(x), packed.out_features, dtype=packed.dtype)
     _run(x, packed, out)
     return out

@@ -13,7 +13,10 @@ import pagemill._native as _native
 from pagemill.kernels.check import expect, expect_tensor
 from pagemill.kernels.dlpack import dl
 
-__all__ = ["rms_norm_native", "rms_norm_reference"]
+__all__ = ["Norm", "rms_norm_native", "rms_norm_reference"]
+
+Norm = tuple[Tensor, float]
+"""The weight and eps of an RMSNorm that a linear layer takes x through first."""
 
 _DTYPES = (torch.float32, torch.bfloat16)
 

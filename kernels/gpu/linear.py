@@ -26,7 +26,9 @@ from torch import Tensor
 
 from pagemill.kernels.gpu.codes import largest_code, to_codes
 from pagemill.kernels.gpu.configs import MatmulTile
+from pagemill.kernels.gpu.norm import rms_norm, rms_norm_quantized
 from pagemill.kernels.linear import PackedLinear
+from pagemill.kernels.norm import Norm
 
 __all__ = ["linear", "pack_int4", "pack_plain", "pack_scaled", "quantize"]
 
@@ -341,9 +343,11 @@ def linear(
     residual: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
     in_place: bool = False,
+    norm: Norm | None = None,
 ) -> Tensor:
     """`x [M, K]` times the weight, plus bias: `[M, N]`; gated: silu(gate) * up. `residual [M, N]`, dense, is added; with
-    `in_place` the sum takes its place."""
+    `in_place` the sum takes its place. `norm`: x goes through an RMSNorm first, which quantises its rows where the weight is int8
+    or fp8."""
     m, n, k = x.shape[0], weight.out_features, weight.in_features
     if residual is not None and in_place:
         out = residual
@@ -356,8 +360,11 @@ def linear(
     scaled = weight.scheme in ("int8", "fp8")
     x_scale = w_scale = weight.scales if scaled else out
     if scaled:
-        x, x_scale = quantize(x, weight.weight.dtype)
+        kind = weight.weight.dtype
+        x, x_scale = quantize(x, kind) if norm is None else rms_norm_quantized(x, *norm, kind)
         k = x.shape[1]
+    elif norm is not None:
+        x = rms_norm(x, *norm)
     step = weight.group if weight.scheme == "int4" else tile.inputs
     splits, per_split = 1, 0
     if tile.splits > 1:

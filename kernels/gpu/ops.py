@@ -24,11 +24,11 @@ from pagemill.kernels.gpu import (
     configs,
     embed,
     linear,
-    norm,
     pixels,
     rotary,
     sampling,
 )
+from pagemill.kernels.gpu.norm import rms_norm
 from pagemill.kernels.linear import (
     PackedLinear,
     Scheme,
@@ -37,6 +37,7 @@ from pagemill.kernels.linear import (
     round_int4,
     round_int8,
 )
+from pagemill.kernels.norm import Norm
 
 __all__ = ["kv_cache_shapes", "ops"]
 
@@ -50,13 +51,23 @@ def kv_cache_shapes(
 
 
 def _product(
-    x: Tensor, packed: PackedLinear, residual: Tensor | None = None, out_dtype: torch.dtype | None = None
+    x: Tensor,
+    packed: PackedLinear,
+    residual: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    norm: Norm | None = None,
 ) -> Tensor:
     card = configs.card_of(x.device)
+    if norm is not None and any(
+        form is not None and form.order is not None for form in (packed, packed.wide)
+    ):
+        x, norm = rms_norm(x, *norm), None  # columns are gathered after it
     x, packed = chosen_form(x, packed, configs.wide_rows(card))
     n, k = packed.out_features, packed.in_features
     tile = configs.matmul(card, packed.scheme, packed.gated, len(x), n, k)
-    return linear.linear(x, packed, tile=tile, residual=residual, out_dtype=out_dtype, in_place=True)
+    return linear.linear(
+        x, packed, tile=tile, residual=residual, out_dtype=out_dtype, in_place=True, norm=norm
+    )
 
 
 def pack_linear(
@@ -122,15 +133,20 @@ def pack_quantized(
 
 
 def _linear(
-    x: Tensor, packed: PackedLinear, *, out_float32: bool = False, residual: Tensor | None = None
+    x: Tensor,
+    packed: PackedLinear,
+    *,
+    out_float32: bool = False,
+    residual: Tensor | None = None,
+    norm: Norm | None = None,
 ) -> Tensor:
     expect(not packed.gated, "packed", "a matrix of pack_linear", "a gated pair")
-    return _product(x, packed, residual, torch.float32 if out_float32 else None)
+    return _product(x, packed, residual, torch.float32 if out_float32 else None, norm)
 
 
-def _linear_swiglu(x: Tensor, packed: PackedLinear) -> Tensor:
+def _linear_swiglu(x: Tensor, packed: PackedLinear, *, norm: Norm | None = None) -> Tensor:
     expect(packed.gated, "packed", "gate and up of pack_swiglu", "a matrix")
-    return _product(x, packed)
+    return _product(x, packed, norm=norm)
 
 
 def _embed(
@@ -178,7 +194,7 @@ def ops(dtype: torch.dtype) -> dict[str, Callable[..., Any]]:
         "linear": _linear,
         "linear_swiglu": _linear_swiglu,
         "embed": _embed,
-        "rms_norm": norm.rms_norm,
+        "rms_norm": rms_norm,
         "swiglu": activation.swiglu,
         "gelu": activation.gelu,
         "mrope_angles": angles.mrope_angles,

@@ -66,14 +66,14 @@ def run_layer(
 ) -> None:
     """One layer: adds the outputs of its attention and of its MLP to `residual [T, hidden]`, in place."""
     keys, values, *scales = cache
-    qkv = k.linear(k.rms_norm(residual, layer.attention_norm, c.rms_norm_eps), layer.qkv)
+    qkv = k.linear(residual, layer.qkv, norm=(layer.attention_norm, c.rms_norm_eps))
     heads = c.num_heads, c.num_kv_heads
     q = k.rotary_cache(qkv, *angles, batch.slots, keys, values, *heads, *scales)
     where = batch.block_tables, batch.query_start, batch.context_lens
     y = k.paged_attention(q, keys, values, *where, c.head_dim**-0.5, *scales)
     k.linear(y.reshape(len(y), c.hidden_size), layer.out, residual=residual)
-    y = k.rms_norm(residual, layer.mlp_norm, c.rms_norm_eps)
-    k.linear(k.linear_swiglu(y, layer.gate_up), layer.down, residual=residual)
+    y = k.linear_swiglu(residual, layer.gate_up, norm=(layer.mlp_norm, c.rms_norm_eps))
+    k.linear(y, layer.down, residual=residual)
 
 
 class Decoder:
@@ -136,5 +136,4 @@ class Decoder:
             run_layer(k, c, layer, residual, angles, batch, cache)
         if len(batch.logit_rows) < len(residual):  # else every row is wanted, as in a step that only decodes
             residual = residual[batch.logit_rows]
-        y = k.rms_norm(residual, self.norm, c.rms_norm_eps)
-        return k.linear(y, self.lm_head, out_float32=True)
+        return k.linear(residual, self.lm_head, out_float32=True, norm=(self.norm, c.rms_norm_eps))

@@ -87,13 +87,13 @@ def run_block(
     """One block: adds the outputs of its attention and of its MLP to `residual [patches, hidden]`, in place; `offsets` are
     those of the segments that attend to themselves."""
     rows = len(residual)
-    y = k.rms_norm(residual, block.norm1, NORM_EPS)
-    qkv = k.linear(y, block.qkv).view(rows, 3, c.num_heads, c.head_dim)
+    qkv = k.linear(residual, block.qkv, norm=(block.norm1, NORM_EPS))
+    qkv = qkv.view(rows, 3, c.num_heads, c.head_dim)
     k.rotary(qkv[:, :2].view(rows, 2 * c.num_heads, c.head_dim), *angles)
     y = k.varlen_attention(qkv[:, 0], qkv[:, 1], qkv[:, 2], offsets, c.head_dim**-0.5)
     k.linear(y.reshape(rows, c.hidden_size), block.proj, residual=residual)
-    y = k.rms_norm(residual, block.norm2, NORM_EPS)
-    k.linear(k.linear_swiglu(y, block.gate_up), block.down, residual=residual)
+    y = k.linear_swiglu(residual, block.gate_up, norm=(block.norm2, NORM_EPS))
+    k.linear(y, block.down, residual=residual)
 
 
 class VisionTower:

@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from pagemill.kernels import Kernels, LayerCache, PackedLinear, select
+from pagemill.kernels import Kernels, LayerCache, Norm, PackedLinear, select
 from pagemill.model.config import ModelConfig
 from pagemill.model.decoder import Layer, RaggedBatch, run_layer
 from pagemill.model.rope import Grid, MRope
@@ -212,12 +212,19 @@ def _tap(
     names = {id(item): "out" if name == "proj" else name for name, item in weights.items()}
 
     def linear(
-        x: Tensor, packed: PackedLinear, *, out_float32: bool = False, residual: Tensor | None = None
+        x: Tensor,
+        packed: PackedLinear,
+        *,
+        out_float32: bool = False,
+        residual: Tensor | None = None,
+        norm: Norm | None = None,
     ) -> Tensor:
+        x = x if norm is None else k.rms_norm(x, *norm)
         seen(names[id(packed)], x)
         return k.linear(x, packed, out_float32=out_float32, residual=residual)
 
-    def linear_swiglu(x: Tensor, packed: PackedLinear) -> Tensor:
+    def linear_swiglu(x: Tensor, packed: PackedLinear, *, norm: Norm | None = None) -> Tensor:
+        x = x if norm is None else k.rms_norm(x, *norm)
         seen(names[id(packed)], x)
         return k.linear_swiglu(x, packed)
 

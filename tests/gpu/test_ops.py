@@ -1,5 +1,6 @@
 """The Triton kernels as `select` gives them, against the reference under the same contract; and a page read with them."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -162,3 +163,35 @@ def test_requests_with_fp8_keys_and_values_are_read_as_with_the_reference(tmp_pa
         outputs.append([seq.output_ids for seq in sequences])
     assert outputs[0] == outputs[1]
     assert [len(ids) for ids in outputs[0]] == [5, 3, 4]
+
+
+@pytest.mark.parametrize("scheme", ["plain", "int8", "int4"])
+@pytest.mark.parametrize("rows", [0, 1, 70])
+def test_a_norm_before_a_product_is_the_norm_and_the_product(
+    triton: Kernels, rows: int, scheme: Scheme
+) -> None:
+    """Quantised in the norm's pass or after it: the same bits."""
+    x, weight, residual = torch.randn(rows, 2, 100)[:, 1], torch.randn(90, 100), torch.randn(rows, 90)
+    norm = torch.randn(100), 1e-6
+    normed = triton.rms_norm(x, *norm)
+    packed = triton.pack_linear(weight, None, scheme=scheme, group=32)
+    wanted = triton.linear(normed, packed, residual=residual.clone())
+    assert torch.equal(triton.linear(x, packed, residual=residual.clone(), norm=norm), wanted)
+    pair = triton.pack_swiglu(*weight.chunk(2), None, scheme=scheme, group=32)
+    assert torch.equal(triton.linear_swiglu(x, pair, norm=norm), triton.linear_swiglu(normed, pair))
+
+
+def test_a_norm_before_a_product_of_two_forms_and_sorted_columns(triton: Kernels) -> None:
+    """Columns are gathered after the norm, which a form without an order would quantise."""
+    q, order = torch.randint(0, 16, (40, 64), dtype=torch.uint8), torch.randperm(64)
+    narrow = triton.pack_quantized(
+        q, torch.rand(40, 2), torch.full_like(q[:, :2], 8), None, group=32, order=order
+    )
+    packed = replace(narrow, wide=triton.pack_linear(torch.randn(40, 64), None, scheme="int8"))
+    norm = torch.randn(64), 1e-6
+    for rows in (3, 64):
+        x = torch.randn(rows, 64)
+        wanted = triton.linear(triton.rms_norm(x, *norm), packed)
+        assert torch.equal(triton.linear(x, packed, norm=norm), wanted)
+    wide = replace(packed, order=None)
+    assert torch.equal(triton.linear(x, wide, norm=norm), triton.linear(triton.rms_norm(x, *norm), wide))

@@ -193,3 +193,23 @@ def test_fused_rows_do_not_depend_on_the_batch(native: Kernels, dtype: torch.dty
     whole = native.linear_swiglu(x, packed)
     for first, size in [(0, 1), (5, 3), (11, 12), (3, 97)]:
         assert torch.equal(native.linear_swiglu(x[first : first + size], packed), whole[first : first + size])
+
+
+@pytest.mark.parametrize("scheme", ["plain", "int8", "int4"])
+def test_rows_are_normed_first(kernels: Kernels, dtype: torch.dtype, scheme: Scheme) -> None:
+    """The same bits as the two ops, and x stays as it is."""
+    for m, n, k in [(0, 4, 8), (1, 1, 5), (30, 98, 64)]:
+        x, weight, norm = (
+            torch.randn(m, k, dtype=dtype),
+            torch.randn(n, k),
+            (torch.randn(k, dtype=dtype), 1e-6),
+        )
+        before, residual = x.clone(), torch.randn(m, n, dtype=dtype)
+        packed, y = kernels.pack_linear(weight, None, scheme=scheme), kernels.rms_norm(x, *norm)
+        wanted = kernels.linear(y, packed, residual=residual.clone())
+        assert torch.equal(kernels.linear(x, packed, residual=residual, norm=norm), wanted)
+        pair = kernels.pack_swiglu(weight, weight, None, scheme=scheme)
+        assert torch.equal(kernels.linear_swiglu(x, pair, norm=norm), kernels.linear_swiglu(y, pair))
+        assert torch.equal(x, before)
+    with pytest.raises(ValueError, match="weight: expected"):
+        kernels.linear(x, packed, norm=(norm[0][1:], 1e-6))
