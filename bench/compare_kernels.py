@@ -18,7 +18,7 @@ import json
 import sys
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 
@@ -40,11 +40,14 @@ class Op:
     fraction: float
     disturbed: float = 1.0
     """Times that the machine itself took as long, around this op, as at its best in the run."""
+    tflop_per_s: float = 0.0
+    gb_per_s: float = 0.0
 
     def scaled(self, by: float) -> Op:
         """The same on a machine that takes `by` times as long."""
         seconds = [s * by for s in (self.best, self.median, self.low, self.high)]
-        return Op(*seconds, self.limit, self.limited_by, self.fraction, self.disturbed)
+        best, median, low, high = seconds
+        return replace(self, best=best, median=median, low=low, high=high)
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,8 @@ def read(path: str) -> dict[str, Op]:
                 str(info["limited_by"]),
                 float(info["fraction"]),
                 max(1.0, float(info["disturbed"])),
+                float(info.get("tflop_per_s", 0)),
+                float(info.get("gb_per_s", 0)),
             )
     except OSError as error:
         raise BadResult(f"{path} cannot be read: {error.strerror or error}.") from None
@@ -112,11 +117,12 @@ def _time(seconds: float) -> str:
 
 def show(ops: Mapping[str, Op]) -> None:
     width = max(map(len, ops))
-    print(f"{'':{width}}{'median':>10}{'limit':>10}  {'by':11}{'fraction':>9}{'disturbed':>11}")
+    head = f"{'':{width}}{'median':>10}{'limit':>10}  {'by':11}{'fraction':>9}{'disturbed':>11}"
+    print(f"{head}{'TFLOP/s':>10}{'GB/s':>8}")
     for name, op in sorted(ops.items()):
         print(
             f"{name:{width}}{_time(op.median):>10}{_time(op.limit):>10}  {op.limited_by:11}{100 * op.fraction:7.0f} %"
-            f"{op.disturbed:10.2f}x"
+            f"{op.disturbed:10.2f}x{op.tflop_per_s:10.3g}{op.gb_per_s:8.3g}"
         )
 
 

@@ -115,7 +115,7 @@ def attention_cases(ops: Ops, groups: list[str]) -> Iterator[Case]:
         copies = math.ceil(_CACHE_BYTES / (4 * sequences * context * SHAPE.kv_heads * SHAPE.head_dim))
         work = ops.paged_attention(SHAPE, sequences, 1, context, copies=copies)
         yield from case("decode", f"{sequences} x {context} tokens", work, 0.8)
-        work = ops.paged_attention(SHAPE, sequences, 1, context, copies=2 * copies, int8=True)
+        work = ops.paged_attention(SHAPE, sequences, 1, context, copies=2 * copies, kept=torch.int8)
         yield from case("decode", f"{sequences} x {context} tokens", work, 0.8, "KV int8")
 
 
@@ -129,7 +129,7 @@ class Limits:
     @classmethod
     def measure(cls, clock: Callable[[], float]) -> Limits:
         dtypes = (torch.bfloat16, torch.int8)
-        return cls({dtype: peak(dtype, "cpu", clock, size=2048) for dtype in dtypes}, bandwidth("cpu", clock))
+        return cls({dtype: peak(dtype, clock, size=2048) for dtype in dtypes}, bandwidth(clock))
 
 
 def measure(cases: list[Case], rounds: int, clock: Callable[[], float]) -> list[Limits]:
@@ -138,7 +138,7 @@ def measure(cases: list[Case], rounds: int, clock: Callable[[], float]) -> list[
     calls = {}
     for case in cases:
         case.work.call()
-        calls[case] = max(1, math.ceil(_LEAST_S / best_seconds(case.work.call, "cpu", clock, 2)))
+        calls[case] = max(1, math.ceil(_LEAST_S / best_seconds(case.work.call, clock, 2)))
     for _ in range(rounds):
         limits.append(Limits.measure(clock))
         for case in cases:
@@ -147,7 +147,7 @@ def measure(cases: list[Case], rounds: int, clock: Callable[[], float]) -> list[
                 for _ in range(times):
                     work.call()
 
-            seconds = best_seconds(run, "cpu", clock) / calls[case]
+            seconds = best_seconds(run, clock) / calls[case]
             limits.append(Limits.measure(clock))
             near = limits[-2:]
             arithmetic = case.work.flops / max(each.peak[case.arithmetic] for each in near)

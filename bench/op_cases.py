@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pagemill.kernels import Kernels, PackedLinear, Scheme, kv_cache_shapes, kv_scale_shape
+from pagemill.kernels import QUANTISED_KV, Kernels, PackedLinear, Scheme, kv_scale_shape
 from pagemill.model.config import read_config
 from pagemill.model.loader import find_checkpoint
 
@@ -75,58 +75,42 @@ SHAPES = {"tiny": _tiny(), "3b": Shape(2048, 11008, 16, 2, 128, 151936, 1280, 34
 # The limits of this machine.
 
 
-def wait(device: str) -> None:
-    """Until the device has done what it was given."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
 def best_seconds(
-    run: Callable[[], object], device: str, clock: Callable[[], float] = time.perf_counter, rounds: int = 3
+    run: Callable[[], object], clock: Callable[[], float] = time.perf_counter, rounds: int = 3
 ) -> float:
     """The fastest of some rounds, as other programs only ever add time."""
     seconds = []
     for _ in range(rounds):
         started = clock()
         run()
-        wait(device)
         seconds.append(clock() - started)
     return min(seconds)
 
 
 @lru_cache
-def _square(dtype: torch.dtype, device: str, n: int) -> Tensor:
+def _square(dtype: torch.dtype, n: int) -> Tensor:
     if dtype == torch.int8:
-        return torch.randint(-127, 128, (n, n), dtype=dtype, device=device)
-    return torch.randn(n, n).to(device, dtype)
+        return torch.randint(-127, 128, (n, n), dtype=dtype)
+    return torch.randn(n, n).to(dtype)
 
 
-def peak(
-    dtype: torch.dtype,
-    device: str,
-    clock: Callable[[], float] = time.perf_counter,
-    *,
-    size: int | None = None,
-) -> float:
-    """Operations a second of torch's matrix product just now (oneDNN on a processor), two a multiply-add; int8 sums in int32.
+def peak(dtype: torch.dtype, clock: Callable[[], float] = time.perf_counter, *, size: int = 1024) -> float:
+    """Operations a second of this processor in torch's matrix product just now (oneDNN), two a multiply-add; int8 sums in int32.
 
-    The matrices are `size` square. On a processor 1024 is quick; 2048 shows 2 % more in bfloat16 and 6 % more in int8.
+    The matrices are `size` square: 1024 is quick; 2048 shows 2 % more in bfloat16 and 6 % more in int8.
     """
-    n = size or (1024 if device == "cpu" else 8192)
-    a = _square(dtype, device, n)
+    a = _square(dtype, size)
     product = torch._int_mm if dtype == torch.int8 else torch.mm
-    return 2 * n**3 / best_seconds(lambda: product(a, a), device, clock)
+    return 2 * size**3 / best_seconds(lambda: product(a, a), clock)
 
 
-def bandwidth(device: str, clock: Callable[[], float] = time.perf_counter) -> float:
+def bandwidth(clock: Callable[[], float] = time.perf_counter) -> float:
     """Bytes a second of a sum over memory that no cache holds, just now, on torch's number of threads."""
-    return _STREAM_BYTES / best_seconds(_streaming_sum(device, torch.get_num_threads()), device, clock)
+    return _STREAM_BYTES / best_seconds(_streaming_sum(torch.get_num_threads()), clock)
 
 
 @lru_cache
-def _streaming_sum(device: str, threads: int) -> Callable[[], object]:
-    if device == "cuda":
-        return torch.ones(_STREAM_BYTES // 4, device=device).sum
+def _streaming_sum(threads: int) -> Callable[[], object]:
     # On one thread NumPy's sum of integers reads faster than any of torch's.
     parts = np.array_split(np.ones(_STREAM_BYTES // 8, np.int64), threads)
     if threads == 1:
@@ -195,7 +179,7 @@ class Ops:
     def cache(self, shape: Shape, sequences: int, context: int) -> tuple[Tensor, Tensor, Tensor]:
         """Keys, values and the tables of sequences whose blocks lie scattered."""
         each = -(-context // _BLOCK)
-        k, v = kv_cache_shapes(sequences * each, shape.kv_heads, shape.head_dim, _BLOCK)
+        k, v = self.kernels.kv_cache_shapes(sequences * each, shape.kv_heads, shape.head_dim, _BLOCK)
         tables = self.ints(torch.randperm(sequences * each).view(sequences, each))
         return self.tensor(*k), self.tensor(*v), tables
 
@@ -205,15 +189,24 @@ class Ops:
         return tables[0].long()[position // _BLOCK] * _BLOCK + position % _BLOCK
 
     def paged_attention(
-        self, shape: Shape, sequences: int, rows: int, context: int, *, copies: int = 1, int8: bool = False
+        self,
+        shape: Shape,
+        sequences: int,
+        rows: int,
+        context: int,
+        *,
+        copies: int = 1,
+        kept: torch.dtype | None = None,
     ) -> Work:
-        """The last `rows` tokens of every sequence; calls take turns with `copies` of the batch's cache, which may be `int8`."""
+        """The last `rows` tokens of every sequence; calls take turns with `copies` of the batch's cache, quantised to `kept`."""
         k, v, tables = self.cache(shape, sequences * copies, context)
         scales: list[Tensor] = []
         size = self.dtype.itemsize * shape.head_dim
-        if int8:
-            k, v = (t.mul(20).round().clamp(-127, 127).to(torch.int8) for t in (k, v))
-            scales = [torch.full(kv_scale_shape(len(k), shape.kv_heads, _BLOCK), 0.05) for _ in range(2)]
+        if kept is not None:
+            largest = QUANTISED_KV[kept]
+            k, v = (t.mul(largest / 6).round().clamp(-largest, largest).to(kept) for t in (k, v))
+            size_of_scales = kv_scale_shape(len(k), shape.kv_heads, _BLOCK)
+            scales = [torch.full(size_of_scales, 6 / largest, device=self.device) for _ in range(2)]
             size = shape.head_dim + 4
         turns = cycle(tables.view(copies, sequences, -1).unbind())
         q = self.tensor(sequences * rows, shape.heads, shape.head_dim)

@@ -25,10 +25,13 @@ def pytest_benchmark_update_json(output_json: dict[str, Any]) -> None:
         best = peak[info["arithmetic"]], bandwidth[info["arithmetic"].split()[-1]]
         flops_s, bytes_s = info["flops"] / best[0], info["bytes"] / best[1]
         limit = max(flops_s, bytes_s)
+        seconds = row["stats"][info.get("statistic", "min")]
         info |= {
             "limit_s": limit,
             "limited_by": "arithmetic" if flops_s > bytes_s else "bandwidth",
-            "fraction": limit / row["stats"]["min"],
+            "fraction": limit / seconds,
+            "tflop_per_s": info["flops"] / seconds / 1e12,
+            "gb_per_s": info["bytes"] / seconds / 1e9,
             "disturbed": max(best[0] / info["peak_flops"], best[1] / info["bandwidth"]),
         }
         row["stats"] = {name: row["stats"][name] for name in _KEPT}

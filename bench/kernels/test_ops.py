@@ -1,4 +1,4 @@
-"""Microbenchmarks of every op on every implementation at hand, as fractions of what this machine can do.
+"""Microbenchmarks of every op on every CPU implementation, as fractions of what this machine can do; a GPU's: `test_gpu.py`.
 
     pytest bench/kernels --benchmark-json=bench/results/kernels.json
     python bench/compare_kernels.py bench/results/kernels.json        # the table
@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from op_cases import SHAPES, Ops, Shape, Work, bandwidth, peak, wait
+from op_cases import SHAPES, Ops, Shape, Work, bandwidth, peak
 
 import pagemill._native as _native
 from pagemill import kernels
@@ -34,8 +34,6 @@ _BUDGET_S = 0.2
 _LEAST_ROUNDS, _MOST_ROUNDS = 5, 40
 _DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
 _IMPLEMENTATIONS = ["reference", *(f"native-{isa}" for isa in _native.isas())]
-if torch.cuda.is_available():
-    _IMPLEMENTATIONS.append("reference-cuda")
 _ROWS = (1, 16, 256)
 
 
@@ -50,10 +48,9 @@ class Timer(Ops):
 
     def __init__(self, benchmark: Any, implementation: str, dtype: torch.dtype) -> None:
         kind, _, isa = implementation.partition("-")
-        device = "cuda" if isa == "cuda" else "cpu"
         if kind == "native":
             _native.set_isa(isa)
-        super().__init__(select(kind, torch.device(device), dtype), dtype, device)
+        super().__init__(select(kind, torch.device("cpu"), dtype), dtype)
         self.benchmark = benchmark
 
     def time(self, work: Work) -> None:
@@ -62,26 +59,22 @@ class Timer(Ops):
     def run(self, op: Callable[[], object], *, flops: float = 0.0, moved: float) -> None:
         """Time `op`, which does `flops` operations and has to move `moved` bytes."""
 
-        def call() -> None:
-            op()
-            wait(self.device)
-
         if self.benchmark.disabled:  # only to see that it runs
-            self.benchmark(call)
+            self.benchmark(op)
             return
-        before = peak(self.dtype, self.device), bandwidth(self.device)
-        call()
+        before = peak(self.dtype), bandwidth()
+        op()
         started = time.perf_counter()
-        call()
+        op()
         once = max(time.perf_counter() - started, 1e-7)
         calls = max(1, round(_ROUND_S / once))
         rounds = int(min(max(_BUDGET_S / (calls * once), _LEAST_ROUNDS), _MOST_ROUNDS))
-        self.benchmark.pedantic(call, rounds=rounds, iterations=calls)
-        after = peak(self.dtype, self.device), bandwidth(self.device)
+        self.benchmark.pedantic(op, rounds=rounds, iterations=calls)
+        after = peak(self.dtype), bandwidth()
         self.benchmark.extra_info.update(
             flops=flops,
             bytes=moved,
-            arithmetic=f"{self.dtype} on {self.device}",
+            arithmetic=f"{self.dtype} on cpu",
             peak_flops=max(before[0], after[0]),
             bandwidth=max(before[1], after[1]),
             threads=_native.num_threads(),
