@@ -1,12 +1,14 @@
 """CUDA graphs of steps that only decode: a step's hundreds of kernels are given to the GPU by one call.
 
-A graph does what it did when it was recorded, on the memory it was recorded on. So there is one for each of a ladder of batch
-sizes, and a batch takes the next larger one. Its inputs lie in one buffer, which one copy renews. The places that are left over
-hold a token that writes no key (slot -1) and reads one key of block 0, for nothing: nobody looks at its logits.
+A graph does what it did when it was recorded, on the memory it was recorded on. So there is one for each of a ladder of sizes, in
+tokens, and a batch takes the next larger one. Its inputs lie in one buffer, which one copy renews. There are as many places for
+sequences as for tokens: a sequence whose draft is verified has several tokens, and leaves places of sequences without any. Tokens
+that are left over belong to sequences of their own, write no key (slot -1) and read one key of block 0, for nothing: nobody looks
+at their logits.
 
-Graphs are recorded when the engine starts, the largest first: what they need is then taken before the first page comes, no page
-waits for them, and the smaller ones live in the memory of the largest. Steps that do more than decode one token a sequence
-(prefill, images, drafts) are not recorded: their shapes are too many.
+Graphs are recorded when the engine starts, the largest first: what they need is then taken before the first page comes, no
+page waits for them, and the smaller ones live in the memory of the largest. Prefill is not recorded: it has too many shapes,
+and enough work for the GPU to hide its calls behind.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from pagemill.staging import Arrays, Layout, Staging
 
 
 def ladder(most: int) -> list[int]:
-    """Batch sizes with a graph of their own, up to `most`: 1, 2, 4, 8, 16, 24, 32, 48, 64, 96 ... and `most` itself."""
+    """Numbers of tokens with a graph of their own, up to `most`: 1, 2, 4, 8, 16, 24, 32, 48, 64, 96 ... and `most` itself."""
     sizes = {1, 2, 4, 8, most}
     step = 16
     while step < most:
@@ -42,7 +44,7 @@ class _Graph:
 
 
 class DecodeGraphs:
-    """The graphs of one decoder and its KV cache. `run` takes a batch and returns its logits, float32 `[S, V]`."""
+    """The graphs of one decoder and its KV cache. `run` takes a batch and returns its logits, float32 `[L, V]`."""
 
     def __init__(
         self,
@@ -50,21 +52,24 @@ class DecodeGraphs:
         staging: Staging,
         run: Callable[[RaggedBatch], Tensor],
         *,
-        max_num_seqs: int,
+        max_tokens: int,
         max_blocks: int,
         vocab_size: int,
     ) -> None:
-        """`max_blocks` of a sequence: the width of the block tables. What `run` reads besides the batch must stay where it is."""
+        """Record steps of up to `max_tokens`; `max_blocks` of a sequence are the width of the block tables.
+
+        What `run` reads besides the batch must stay where it is.
+        """
         self._staging, self._run = staging, run
         self._max_blocks = max_blocks
-        sizes = ladder(max_num_seqs)
+        sizes = ladder(max_tokens)
         layouts = [self._layout(size) for size in sizes]
         self._inputs = torch.empty(layouts[-1].num_bytes, dtype=torch.uint8, device=gpu.device)
         # One place for the logits of all: each graph's own would have to be kept apart, 0.6 MB a row.
-        self._logits = torch.empty(max_num_seqs, vocab_size, device=gpu.device)
+        self._logits = torch.empty(max_tokens, vocab_size, device=gpu.device)
         self._graphs = dict[int, _Graph]()
         for size, layout in zip(reversed(sizes), reversed(layouts), strict=True):
-            self._fill(layout, {}, 0)
+            self._fill(layout, size, None)
             self._graphs[size] = _Graph(layout, gpu.capture(self._step(layout, size)))
         self._sizes = sizes
 
@@ -90,34 +95,39 @@ class DecodeGraphs:
 
         return step
 
-    def _fill(self, layout: Layout, arrays: Arrays, count: int) -> None:
-        """Bring the batch's `count` rows into the buffer, and rows of no sequence behind them."""
+    def _fill(self, layout: Layout, size: int, arrays: Arrays | None) -> None:
+        """Bring the batch into the buffer, and tokens of no sequence behind it."""
         memory = self._staging.memory(layout.num_bytes)
         to = layout.arrays(memory)
-        to["query_start"][:] = np.arange(len(to["query_start"]))
-        to["logit_rows"][:] = to["query_start"][:-1]
-        for name, nothing in (("token_ids", 0), ("positions", 0), ("slots", -1), ("context_lens", 1)):
-            if count:
-                to[name][..., :count] = arrays[name]
-            to[name][..., count:] = nothing
-        tables = to["block_tables"]
-        tables[count:, 0] = 0
-        if count:  # columns beyond a sequence's own blocks are never read, whatever they hold
-            tables[:count, : arrays["block_tables"].shape[1]] = arrays["block_tables"]
+        tokens = sequences = 0
+        to["query_start"][0] = 0
+        if arrays is not None:
+            tokens, sequences = len(arrays["token_ids"]), len(arrays["context_lens"])
+            for name in ("token_ids", "positions", "slots"):
+                to[name][..., :tokens] = arrays[name]
+            to["query_start"][: sequences + 1] = arrays["query_start"]
+            to["context_lens"][:sequences] = arrays["context_lens"]
+            # Columns beyond a sequence's own blocks are never read, whatever they hold.
+            to["block_tables"][:sequences, : arrays["block_tables"].shape[1]] = arrays["block_tables"]
+        to["token_ids"][tokens:] = 0
+        to["positions"][:, tokens:] = 0
+        to["slots"][tokens:] = -1
+        to["query_start"][sequences + 1 :] = np.minimum(tokens + np.arange(1, size - sequences + 1), size)
+        to["context_lens"][sequences:] = 1
+        to["block_tables"][sequences:, 0] = 0
+        to["logit_rows"][:] = np.arange(size)
         self._staging.send(memory, self._inputs[: layout.num_bytes])
 
-    @staticmethod
-    def takes(arrays: Arrays) -> bool:
-        """Whether each sequence of the batch computes one token, and wants the next: `arrays` are those of a `RaggedBatch`."""
+    def takes(self, arrays: Arrays) -> bool:
+        """Whether a batch, the arrays of a `RaggedBatch`, has a graph: every token wants logits, and there are not too many."""
         tokens = len(arrays["token_ids"])
-        decodes = tokens == len(arrays["context_lens"]) == len(arrays["logit_rows"])
-        return decodes and tokens > 0 and "image_index" not in arrays
+        return tokens == len(arrays["logit_rows"]) <= self._sizes[-1] and "image_index" not in arrays
 
     def __call__(self, arrays: Arrays) -> Tensor:
-        """Logits float32 `[S, V]` of a batch that it `takes`. They are overwritten by the next call."""
-        count = len(arrays["token_ids"])
-        size = next(size for size in self._sizes if size >= count)
+        """Logits float32 `[T, V]` of a batch that it `takes`. They are overwritten by the next call."""
+        tokens = len(arrays["token_ids"])
+        size = next(size for size in self._sizes if size >= tokens)
         graph = self._graphs[size]
-        self._fill(graph.layout, arrays, count)
+        self._fill(graph.layout, size, arrays)
         graph.replay()
-        return self._logits[:count]
+        return self._logits[:tokens]

@@ -113,6 +113,7 @@ class Runner:
         self._block_tables = np.zeros((max_num_seqs, -(-max_model_len // block_size)), dtype=np.int32)
         self._staging = None if gpu is None else Staging(gpu)
         self._graphs: DecodeGraphs | None = None
+        self._recorded_tokens = max(2 * max_num_seqs, 32)  # room for drafts
 
     def record_graphs(self) -> None:
         """Record the steps that only decode; nothing on a device without graphs, or with kernels that look at values."""
@@ -120,13 +121,12 @@ class Runner:
             return
         self.model.settle()
         decoder = self.model.decoder
-        max_num_seqs, max_blocks = self._block_tables.shape
         self._graphs = DecodeGraphs(
             self.gpu,
             self._staging,
             lambda batch: decoder(batch, self.kv_cache),
-            max_num_seqs=max_num_seqs,
-            max_blocks=max_blocks,
+            max_tokens=self._recorded_tokens,
+            max_blocks=self._block_tables.shape[1],
             vocab_size=self.model.config.text.vocab_size,
         )
 
@@ -143,8 +143,8 @@ class Runner:
         self.model.decoder.kernels.greedy(self._compute(arrays, image[:tokens]))
 
     def try_decoding(self) -> None:
-        """Compute a token of as many sequences as there may be, for nothing."""
-        most = len(self._block_tables)
+        """Compute the largest step that is recorded, for nothing."""
+        most = self._recorded_tokens
         self._compute(self._nothing(np.arange(most + 1, dtype=np.int32), most), None)
 
     def _nothing(self, query_start: npt.NDArray[np.int32], logit_rows: int) -> dict[str, npt.NDArray[Any]]:
