@@ -52,7 +52,7 @@ def steps(out: Path, checkpoint: Path) -> list[Step]:
             "kernels",
             "Kernels as fractions of the measured limit",
             [
-                [python, "-m", "pytest", "bench/kernels", "-k", "cuda", f"--benchmark-json={kernels}"],
+                [python, "-m", "pytest", "bench/kernels/test_gpu.py", f"--benchmark-json={kernels}"],
                 [python, "bench/compare_kernels.py", kernels],
             ],
             3600,

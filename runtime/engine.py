@@ -38,7 +38,7 @@ from pagemill.decode.page import parse_page
 from pagemill.decode.sampler import SamplingParams
 from pagemill.decode.verdict import Confidence
 from pagemill.errors import CheckpointError, ConfigError, PagemillError, RequestError, sentence
-from pagemill.gpu import gpu_of
+from pagemill.gpu import gpu_of, named_device
 from pagemill.memory import spending
 from pagemill.model.config import read_config
 from pagemill.model.loader import find_checkpoint, load_model
@@ -194,7 +194,7 @@ class Engine:
             raise ConfigError(f"unknown engine option {', '.join(unknown)}; known are {', '.join(known)}")
         config = EngineConfig(**options)
         started = time.perf_counter()
-        device = _device(config.device)
+        device = named_device(config.device)
         folder = find_checkpoint(name)
         model_config = read_config(folder)
         dtype = _dtype(config.dtype, model_config.dtype)
@@ -924,30 +924,6 @@ def page_format(profile: Profile) -> PageFormat:
     return PageFormat(
         profile.keys, profile.key_order, profile.optional_keys, profile.item_separator, profile.key_separator
     )
-
-
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ConfigError(f"device should be cpu or cuda (or cuda:N), got {name!r}") from None
-    if device.type not in ("cpu", "cuda"):
-        raise ConfigError(f"device should be cpu or cuda (or cuda:N), got {name!r}")
-    if device.type == "cpu":
-        return device
-    if not torch.backends.cuda.is_built() and torch.version.hip is None:
-        raise ConfigError(
-            f"device {name} was asked for, but this torch is built for CPUs only: it sees no CUDA device"
-        )
-    if not torch.cuda.is_available():
-        raise ConfigError(
-            f"device {name} was asked for, but torch sees no CUDA device: is there a GPU, and a driver not older than "
-            f"CUDA {torch.version.cuda} needs?"
-        )
-    count = torch.cuda.device_count()
-    if device.index is not None and device.index >= count:
-        raise ConfigError(f"there is no device {name}: torch sees {count}, cuda:0 to cuda:{count - 1}")
-    return torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
 
 
 def _dtype(asked: str, stored: str) -> torch.dtype:

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pagemill.errors import ConfigError
+
 
 class Gpu:
     """One CUDA (or HIP) device."""
@@ -82,3 +84,28 @@ class Gpu:
 def gpu_of(device: torch.device) -> Gpu | None:
     """The GPU behind a torch device; None for a CPU."""
     return Gpu(device) if device.type == "cuda" else None
+
+
+def named_device(name: str) -> torch.device:
+    """The device called cpu, cuda or cuda:N. Raises `ConfigError` where there is none of that name."""
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"device should be cpu or cuda (or cuda:N), got {name!r}") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device should be cpu or cuda (or cuda:N), got {name!r}")
+    if device.type == "cpu":
+        return device
+    if not torch.backends.cuda.is_built() and torch.version.hip is None:
+        raise ConfigError(
+            f"device {name} was asked for, but this torch is built for CPUs only: it sees no CUDA device"
+        )
+    if not torch.cuda.is_available():
+        raise ConfigError(
+            f"device {name} was asked for, but torch sees no CUDA device: is there a GPU, and a driver not older than "
+            f"CUDA {torch.version.cuda} needs?"
+        )
+    count = torch.cuda.device_count()
+    if device.index is not None and device.index >= count:
+        raise ConfigError(f"there is no device {name}: torch sees {count}, cuda:0 to cuda:{count - 1}")
+    return torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)

@@ -12,6 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from pagemill.cli import app
@@ -448,3 +449,12 @@ def test_control_characters_of_a_name_do_not_reach_the_terminal(folder: Path) ->
 def test_exit_codes_are_named_in_the_help(folder: Path) -> None:
     _, out, _ = pagemill("read", "--help", cwd=folder)
     assert all(f"{code}:" in out for code in (0, 1, 2, 70, 130, 141) if code)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to tune")
+@pytest.mark.parametrize("device", ["cuda", "cpu", "tpu"])
+def test_tuning_needs_a_gpu(device: str) -> None:
+    done = CliRunner().invoke(app, ["tune", "--device", device])
+    assert done.exit_code == 2
+    assert "error:" in done.output
+    assert "Traceback" not in done.output

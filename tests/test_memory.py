@@ -6,9 +6,9 @@ from fake_gpu import FakeGpu
 from test_graphs import PAGE
 
 from pagemill import Engine, SamplingParams
-from pagemill.engine import _device
 from pagemill.errors import ConfigError
 from pagemill.fleet import Fleet
+from pagemill.gpu import named_device
 from pagemill.memory import free_memory
 
 SHORT = SamplingParams(max_new_tokens=5)
@@ -140,8 +140,8 @@ def test_a_device_without_a_number_is_the_current_one(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 2)
-    assert _device("cuda") == torch.device("cuda:2")
-    assert _device("cuda:1") == torch.device("cuda:1")
+    assert named_device("cuda") == torch.device("cuda:2")
+    assert named_device("cuda:1") == torch.device("cuda:1")
 
 
 def test_engines_on_one_device_share_its_memory(monkeypatch):

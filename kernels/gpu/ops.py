@@ -27,6 +27,7 @@ from pagemill.kernels.gpu import (
     pixels,
     rotary,
     sampling,
+    tuned,
 )
 from pagemill.kernels.gpu.norm import rms_norm
 from pagemill.kernels.linear import (
@@ -62,9 +63,9 @@ def _product(
         form is not None and form.order is not None for form in (packed, packed.wide)
     ):
         x, norm = rms_norm(x, *norm), None  # columns are gathered after it
-    x, packed = chosen_form(x, packed, configs.wide_rows(card))
+    x, packed = chosen_form(x, packed, tuned.wide_rows(card))
     n, k = packed.out_features, packed.in_features
-    tile = configs.matmul(card, packed.scheme, packed.gated, len(x), n, k)
+    tile = tuned.matmul(card, packed.scheme, packed.gated, len(x), n, k)
     return linear.linear(
         x, packed, tile=tile, residual=residual, out_dtype=out_dtype, in_place=True, norm=norm
     )
@@ -170,7 +171,7 @@ def _paged_attention(
     v_scale: Tensor | None = None,
 ) -> Tensor:
     card = configs.card_of(q.device)
-    tile = configs.paged(card, decoding=len(q) == len(context_lens))
+    tile = tuned.paged(card, decoding=len(q) == len(context_lens))
     kv_heads, block_size = k_cache.shape[1:3]
     programs = (len(q) * (q.shape[1] // kv_heads) // tile.rows + len(context_lens)) * kv_heads
     splits = configs.splits_for(card, programs, block_tables.shape[1] * block_size, tile.keys)
@@ -181,7 +182,7 @@ def _paged_attention(
 
 
 def _varlen_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float) -> Tensor:
-    tile = configs.varlen(configs.card_of(q.device), len(q), len(cu_seqlens) - 1)
+    tile = tuned.varlen(configs.card_of(q.device), len(q), len(cu_seqlens) - 1)
     return attention.varlen_attention(q, k, v, cu_seqlens, scale, tile=tile)
 
 

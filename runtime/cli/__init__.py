@@ -1,4 +1,4 @@
-"""The command line: `pagemill read`, `describe`, `score`, `quantize`, and `bench`, `compare`, `simulate`, `report`."""
+"""The command line: `pagemill read`, `describe`, `score`, `quantize`, `tune`, and `bench`, `compare`, `simulate`, `report`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from pagemill import __version__
-from pagemill.cli import cost, quantize, read  # noqa: F401, they add their commands to `app`
+from pagemill.cli import cost, quantize, read, tune  # noqa: F401, they add their commands to `app`
 from pagemill.cli.common import EXIT_INTERRUPTED, app, stderr
 
 __all__ = ["app", "main"]
