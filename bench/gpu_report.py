@@ -57,7 +57,12 @@ def steps(out: Path, checkpoint: Path) -> list[Step]:
             ],
             3600,
         ),
-        Step("codegen", "Machine code", [[python, "bench/codegen.py", "--output", str(folder)]], 3600),
+        Step(
+            "codegen",
+            "Machine code: codegen.md beside this file",
+            [[python, "bench/codegen.py", "--output", str(folder)]],
+            3600,
+        ),
         Step(
             "pages",
             "Pages a second, random weights of the 3B's shape",

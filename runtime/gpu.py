@@ -101,9 +101,10 @@ def named_device(name: str) -> torch.device:
             f"device {name} was asked for, but this torch is built for CPUs only: it sees no CUDA device"
         )
     if not torch.cuda.is_available():
+        needs = f"CUDA {torch.version.cuda}" if torch.version.hip is None else f"ROCm {torch.version.hip}"
         raise ConfigError(
             f"device {name} was asked for, but torch sees no CUDA device: is there a GPU, and a driver not older than "
-            f"CUDA {torch.version.cuda} needs?"
+            f"{needs} needs?"
         )
     count = torch.cuda.device_count()
     if device.index is not None and device.index >= count:

@@ -4,7 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from fake_gpu import FakeGpu
 from make_checkpoint import PRESETS, write_checkpoint
+from micro import Ask, World, drain
 
 from pagemill import Engine, SamplingParams
 from pagemill.gpu import Gpu
@@ -92,6 +94,33 @@ def test_the_reference_looks_at_values(tmp_path: Path) -> None:
     assert not reference.capturable
     with pytest.raises(RuntimeError, match="meta"):
         decode(reference, tmp_path)
+
+
+@pytest.mark.skipif(ON_GPU, reason="of the interpreter")
+def test_padded_steps_give_the_same_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two sequences with a draft each, one of which is right, then both alone, in places for four tokens."""
+    fake, asks = FakeGpu(), [Ask((1, 2, 3), (), 4), Ask((5, 6, 7, 8), (), 3)]
+    wanted: list[list[int]] = []
+    for kind in ("reference", "triton"):
+        if kind == "triton":
+            monkeypatch.setattr("pagemill.core.gpu_of", lambda device: fake)
+            monkeypatch.setattr("pagemill.graphs.ladder", lambda most: [4])
+            monkeypatch.setattr("pagemill.core.EngineCore._needed", lambda self, gpu, free: 0)
+        world = World(tmp_path / kind, kind)
+        core = world.core(max_num_seqs=2)
+        seqs = [world.add(core, ask, ignore_eos=True, drafts="off") for ask in asks]
+        core.step()
+        if kind == "triton":
+            for seq, draft in zip(seqs, (wanted[0][1], (wanted[1][1] + 1) % 2000), strict=True):
+                seq.draft = [draft]
+            with monkeypatch.context() as patch:
+                patch.setattr(core, "_guess", lambda: None)
+                core.step()
+            assert [len(seq.output_ids) for seq in seqs] == [3, 2]
+        drain(core)
+        wanted = wanted or [seq.output_ids for seq in seqs]
+    assert [seq.output_ids for seq in seqs] == wanted
+    assert fake.replayed == [0, 0]
 
 
 @pytest.mark.skipif(not ON_GPU, reason="CUDA records nothing of the interpreter")
