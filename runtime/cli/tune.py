@@ -1,8 +1,8 @@
-"""`pagemill tune`: measure the Triton kernels' launch configurations on this GPU, and keep what is fastest."""
+"""`pagemill tune`: measure the launch configurations of the Triton kernels on this GPU, and keep what is fastest."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from pagemill.kernels.gpu.tune import Heads
     from pagemill.model.config import ModelConfig
 
-Form = Literal["plain", "int8", "fp8", "int4"]
+_FORMS = ("plain", "int8", "fp8", "int4")
 
 
 @app.command(
@@ -27,22 +27,27 @@ def tune(
         typer.Argument(metavar="MODEL", help="Whose layers to measure: 3b, 7b, pagemill-tiny, or a folder."),
     ] = "3b",
     forms: Annotated[
-        list[Form] | None,
-        typer.Option("--form", help="Forms of the weights; repeatable; all by default. plain is bfloat16."),
+        str | None,
+        typer.Option(
+            "--forms",
+            metavar="FORM,...",
+            help="Forms of the weights: plain (bfloat16), int8, fp8, int4; those that the GPU has by default.",
+        ),
     ] = None,
     device: Annotated[str, typer.Option("--device", help="The GPU to measure.")] = "cuda",
     debug: DebugOption = False,
 ) -> None:
-    """Measure which launch configurations of the Triton kernels are fastest on this GPU, and use them from then on.
+    """Measure which launch configurations of the Triton kernels are fastest on this GPU, and use them.
 
-    Without it, a table by architecture is used, which is good but general. It takes some minutes, most of them to compile
-    candidates, wants the GPU for itself, and holds for this card, this version of Triton and these kernels. What was
-    measured lies in the user's cache folder, a file a card; delete it to go back to the table.
+    Without it a table by architecture is used, which is good but general. It takes some minutes, most
+    of them to compile candidates, wants the GPU for itself, and holds for this card, this version of
+    Triton and these kernels. What was measured lies in the user's cache folder, a file a card; delete
+    it to go back to the table.
 
     [bold]Examples[/]
 
         pagemill tune
-        pagemill tune 7b --form plain --form int8
+        pagemill tune 7b --forms plain,int8
     """
     with sentences(debug):
         import torch
@@ -59,10 +64,13 @@ def tune(
         from pagemill.kernels.gpu import configs, tuned
         from pagemill.kernels.gpu.tune import Bench, products_of, tune
 
-        has_fp8 = torch.version.hip is None and torch.cuda.get_device_capability(found) >= (8, 9)
-        wanted = forms or ["plain", "int8", *(["fp8"] if has_fp8 else []), "int4"]
-        products = products_of(_layers(config), wanted)
         card = configs.card_of(found)
+        has_fp8 = torch.version.hip is None and torch.cuda.get_device_capability(found) >= (8, 9)
+        known = [form for form in _FORMS if form != "fp8" or has_fp8]
+        wanted = known if forms is None else forms.split(",")
+        if strange := [form for form in wanted if form not in known]:
+            raise ConfigError(f"--forms: {card.name} has no form {strange[0]!r}; it has {', '.join(known)}")
+        products = products_of(_layers(config), wanted)
         with Progress(
             TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"), TimeElapsedColumn(),
             console=stderr, transient=True,
