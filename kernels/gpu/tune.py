@@ -178,7 +178,7 @@ class Bench:
             return inf
         blocks = -(-context // h.block_size)
         shape = sequences * blocks, h.num_kv_heads, h.block_size, h.head_dim
-        cache = [self._normal(*shape) for _ in range(2)]
+        keys, values = self._normal(*shape), self._normal(*shape)
         q = self._normal(sequences * tokens, h.num_heads, h.head_dim)
         order = torch.randperm(shape[0], device=self.device).to(torch.int32)
         starts = torch.arange(sequences + 1, device=self.device, dtype=torch.int32) * tokens
@@ -188,7 +188,7 @@ class Bench:
         splits = configs.splits_for(card, programs, context, tile.keys)
         return self._seconds(
             lambda: attention.paged_attention(
-                q, *cache, order.view(sequences, blocks), starts, lens, h.head_dim**-0.5, tile=tile, num_splits=splits
+                q, keys, values, order.view(sequences, blocks), starts, lens, h.head_dim**-0.5, tile=tile, num_splits=splits
             )
         )  # fmt: skip
 
