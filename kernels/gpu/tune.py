@@ -26,6 +26,10 @@ __all__ = ["Bench", "Heads", "attention_candidates", "matmul_candidates", "produ
 ROWS = (1, 8, 16, 32, 64, 128, 256, 1024, 4096)
 """Rows of x that products are measured at: decode steps, steps with drafts, prefill chunks and images."""
 _MOST_OUTPUTS = 1 << 27  # of a product: the output layer is never asked for the rows of a whole prefill
+_PAGED = {"decode": (32, 1, 1500), "prefill": (2, 1024, 1024)}
+"""Sequences, tokens of each, and tokens of its context."""
+_SEGMENTS = {"windows": [64] * 64, "images": [4096]}
+"""Patches of what attends to itself."""
 _CLEARLY = 0.97
 """Share of the table's time from which on another configuration is taken: less is the spread of measurements."""
 
@@ -163,8 +167,8 @@ class Bench:
     def attention(self, kind: str, tile: AttentionTile) -> float:
         """Seconds of attention in bfloat16 over contexts, chunks and images of pages; inf where the tile does not fit."""
         if kind in ("decode", "prefill"):
-            return self._paged(tile, *((32, 1, 1500) if kind == "decode" else (2, 1024, 1024)))
-        lengths = [64] * 64 if kind == "windows" else [4096]
+            return self._paged(tile, *_PAGED[kind])
+        lengths = _SEGMENTS[kind]
         shape = sum(lengths), self.heads.vision_heads, self.heads.vision_head_dim
         q, k, v = (self._normal(*shape) for _ in range(3))
         offsets = torch.tensor([0, *lengths]).cumsum(0).to(self.device, torch.int32)

@@ -9,7 +9,13 @@ import pytest
 
 from pagemill.kernels.gpu import configs, tuned
 from pagemill.kernels.gpu.configs import AttentionTile, Card, MatmulTile
-from pagemill.kernels.gpu.tune import ROWS, attention_candidates, matmul_candidates, rows_of, tune
+from pagemill.kernels.gpu.tune import (
+    ROWS,
+    attention_candidates,
+    matmul_candidates,
+    rows_of,
+    tune,
+)
 from pagemill.kernels.gpu.tuned import ATTENTION, Product, Tuned, load, path_of, save
 
 CARD = Card("Card 1 (80 GB)", 80, 108)

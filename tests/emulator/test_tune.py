@@ -1,0 +1,44 @@
+"""`pagemill tune` times the kernels that the engine calls."""
+
+from math import inf
+
+import pytest
+import torch
+import triton
+
+from pagemill.kernels.gpu import tune as tuning
+from pagemill.kernels.gpu.configs import AttentionTile, MatmulTile
+from pagemill.kernels.gpu.tune import Bench, Heads
+from pagemill.kernels.gpu.tuned import ATTENTION, Product
+from tests.emulator.launch import emulated
+
+
+def test_what_is_timed_are_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every form and kind, run once to be compiled and then by the clock."""
+    runs: list[object] = []
+
+    def clock(run, **_: object) -> float:
+        runs.append(run())
+        return 2.0
+
+    monkeypatch.setattr(triton.testing, "do_bench", clock)
+    monkeypatch.setattr(tuning, "_PAGED", {"decode": (3, 1, 40), "prefill": (2, 17, 33)})
+    monkeypatch.setattr(tuning, "_SEGMENTS", {"windows": [16, 16], "images": [33]})
+    bench = Bench(torch.device("cpu"), Heads(4, 2, 32, 2, 16))
+    tile = MatmulTile(16, 32, 32, 2, 4, 2)
+    with emulated():
+        for product in (
+            Product(form, gated, 40, 96) for form in ("plain", "int8", "int4") for gated in (False, True)
+        ):
+            assert bench.matmul(product, 3, tile) == 0.002
+            assert runs.pop().shape == (3, 40)
+        for kind, shape in zip(ATTENTION, [(3, 4, 32), (34, 4, 32), (32, 2, 16), (33, 2, 16)], strict=True):
+            assert bench.attention(kind, AttentionTile(16, 32, 4, 2)) == 0.002
+            assert runs.pop().shape == shape
+        assert (
+            Bench(torch.device("cpu"), Heads(34, 2, 32, 2, 16)).attention(
+                "decode", AttentionTile(16, 32, 4, 2)
+            )
+            == inf
+        )
+        assert not runs
