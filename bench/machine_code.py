@@ -270,9 +270,7 @@ _GCN_BYTES = {
 }
 _LOC = re.compile(r"^\s*\.loc\s+(\d+)\s+(\d+)")
 _FILE = re.compile(r'^\s*\.file\s+(\d+)\s+"([^"]*)"(?:\s+"([^"]*)")?')
-_WEIGHTS = re.compile(
-    r"tl\.load\(\s*(?:w_at|up_at|k_cache|v_cache|k \+|v \+|b_at|k_at|v_at)\b|packed = tl\.load"
-)
+_WEIGHTS = re.compile(r"tl\.load\((?:w_at|up_at|k_cache|v_cache|[kv] \+|[bkv]_at)")
 """How kernels write a load of weights, or of keys and values."""
 
 

@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
-import triton
 
 __all__ = [
     "AttentionTile",
@@ -178,11 +177,11 @@ def matmul(card: Card, form: str, gated: bool, m: int, n: int, k: int) -> Matmul
     The largest tile that gives every multiprocessor a program; where none does, the smallest with min(64, m) rows, and K is cut
     so that there are two programs for each, but the partial sums, which are written and read, stay fewer bytes than the weights.
     """
-    least = min(64, max(16, triton.next_power_of_2(m)))
+    least = min(64, max(16, 1 << (m - 1).bit_length()))
     tiles = [tile for tile in MATMUL[card.arch][form, gated] if least <= tile.rows <= max(least, m)]
 
     def programs(tile: MatmulTile) -> int:
-        return int(triton.cdiv(m, tile.rows) * triton.cdiv(n, tile.features))
+        return -(-m // tile.rows) * -(-n // tile.features)
 
     if full := [tile for tile in tiles if programs(tile) >= card.processors]:
         return full[-1]

@@ -24,6 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pagemill.kernels.gpu import configs
 from pagemill.kernels.gpu.codes import largest_code, to_codes
 from pagemill.kernels.gpu.configs import MatmulTile
 from pagemill.kernels.gpu.norm import rms_norm, rms_norm_quantized
@@ -388,7 +389,7 @@ def linear(
         int4_kernel[grid](
             x, weight.weight, weight.scales, weight.zeros, bias_at, residual_at, out, partial, m, n, k, x.stride(0),
             weight.weight.stride(0), out.stride(0), per_split, GROUP=weight.group,
-            ASSEMBLY=x.dtype == torch.bfloat16, **common,
+            ASSEMBLY=x.dtype == torch.bfloat16 and configs.card_of(x.device).arch != configs.AMD, **common,
         )  # fmt: skip
     else:
         matmul_kernel[grid](

@@ -1,0 +1,451 @@
+"""Every production configuration of the Triton kernels, compiled for GPUs that need not be there, and what came out.
+
+    python bench/codegen.py                     # all targets: bench/results/codegen.json and codegen.md
+    python bench/codegen.py sm_90 --only int4   # to standard output
+
+A case is an op at a size; what its launcher would start on a card of each target is compiled (`machine_code.py`) and read. Beside
+it stand the limits of cards with that instruction set: the longer of the case's arithmetic at the peak and its bytes, each moved
+once, at the bandwidth of the data sheet. `faults` is the gate that `tests/compiled` holds in CI for the cases marked `gate`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+import tutorial_kernels
+from machine_code import TARGETS, Figures, Launch, Target, build, capture
+from torch import Tensor
+
+from pagemill.cost.devices import Device, find_device
+from pagemill.kernels.gpu import linear, norm, ops
+from pagemill.kernels.linear import PackedLinear
+
+RESULTS = Path(__file__).parent / "results"
+_META = torch.device("meta")
+_BF16 = torch.bfloat16
+_MULTIPLY = (
+    "matmul_kernel",
+    "int4_kernel",
+    "paged_kernel",
+    "varlen_kernel",
+    "tutorial_matmul",
+    "tutorial_attention",
+)
+_B200 = Device(
+    "b200", "NVIDIA B200 180GB", {"bfloat16": 2.25e15, "fp8": 4.5e15, "int8": 4.5e15}, 8e12, 180e9,
+    "NVIDIA Blackwell architecture technical brief, HGX B200, dense",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Case:
+    """An op at a size."""
+
+    name: str
+    call: Callable[[], object]
+    flops: float
+    bytes: float
+    arithmetic: str = "bfloat16"
+    gate: bool = False
+    """One of the few that CI compiles."""
+    targets: tuple[str, ...] = tuple(TARGETS)
+    narrow: tuple[str, ...] = ()
+    """Targets on which loads of weights, or of keys and values, of 8 bytes are taken; the report says why."""
+
+
+def faults(figures: Figures, target: Target, case: Case) -> list[str]:
+    """What is wrong with a compiled kernel; nothing for a good one."""
+    found = []
+    if figures.spills:
+        found.append(f"{figures.spills} spills")
+    if figures.shared > target.shared:
+        found.append(f"{figures.shared} bytes of shared memory, of {target.shared}")
+    if figures.kernel in _MULTIPLY:
+        if figures.matrix == "none":
+            found.append("no tensor-core instruction")
+        least = 8 if target.name in case.narrow else 16
+        if figures.narrowest is None:
+            found.append("no load of weights was found")
+        elif figures.narrowest < least:
+            found.append(f"loads of weights of {figures.narrowest} bytes")
+    return found
+
+
+def limit_us(case: Case, device: Device) -> float | None:
+    """Microseconds that the case takes at least on a device, None where that lacks the arithmetic."""
+    if case.arithmetic not in device.flops:
+        return None
+    return 1e6 * max(case.flops / device.rate(case.arithmetic), case.bytes / device.bandwidth)
+
+
+# The cases, of Qwen2.5-VL-3B's shapes.
+
+
+def _empty(*shape: int, dtype: torch.dtype = _BF16) -> Tensor:
+    return torch.empty(*shape, dtype=dtype, device=_META)
+
+
+def packed(form: str, n: int, k: int, *, gated: bool = False, bias: bool = False) -> PackedLinear:
+    """A weight without memory, laid out as the pack functions do."""
+    rows = 2 * n if gated else n
+    b = _empty(rows) if bias else None
+    if form == "plain":
+        weight = linear.pack_plain(_empty(rows, k), b, gated=gated)
+    elif form == "int4":
+        groups = -(-k // 128)
+        weight = linear.pack_int4(
+            _empty(rows, k, dtype=torch.uint8), _empty(rows, groups, dtype=torch.float32),
+            _empty(rows, groups, dtype=torch.uint8), b, gated=gated,
+        )  # fmt: skip
+    else:
+        codes = _empty(rows, k, dtype=torch.int8 if form == "int8" else torch.float8_e4m3fn)
+        weight = linear.pack_scaled(codes, _empty(rows, dtype=torch.float32), b, gated=gated)
+    return replace(weight, compute="bfloat16")
+
+
+_ARITHMETIC = {"plain": "bfloat16", "int4": "bfloat16", "int8": "int8", "fp8": "fp8"}
+_WITH_FP8 = tuple(name for name in TARGETS if name not in ("sm_80", "gfx942"))
+"""sm_80 has no fp8 arithmetic, and gfx942's float8_e4m3 is another one (fnuz)."""
+_WGMMA = ("sm_90", "sm_100")
+
+
+def product(
+    name: str, form: str, m: int, n: int, k: int, *, gated: bool = False, bias: bool = False, residual: bool = False,
+    gate: bool = False,
+) -> Case:  # fmt: skip
+    """A linear layer."""
+    weight = packed(form, n, k, gated=gated, bias=bias)
+
+    def call() -> object:
+        x = _empty(m, -(-k // 16) * 16 if k % 8 else k)[:, :k]  # as a gated product leaves its rows
+        if gated:
+            return ops._linear_swiglu(x, weight)
+        return ops._linear(x, weight, residual=_empty(m, n) if residual else None)
+
+    moved = sum(t.nbytes for t in (weight.weight, weight.scales, weight.zeros) if t is not None)
+    narrow = _WGMMA if form == "int4" and m > 64 else ()
+    return Case(
+        f"{name} {form} M={m}", call, 2.0 * m * n * k * (1 + gated), moved + 2.0 * m * (k + n * (1 + residual)),
+        _ARITHMETIC[form], gate, _WITH_FP8 if form == "fp8" else tuple(TARGETS), narrow,
+    )  # fmt: skip
+
+
+def paged(name: str, sequences: int, tokens: int, context: int, dtype: torch.dtype, *, gate: bool = False) -> Case:  # fmt: skip
+    """Attention over the cache, 16 query heads and 2 of keys of 128: `tokens` of each sequence, the last of `context`."""
+    heads, kv_heads, d, block = 16, 2, 128, 16
+    rows, blocks = sequences * tokens, -(-context // block)
+    scaled = dtype != _BF16
+
+    def call() -> object:
+        qkv = _empty(rows, (heads + 2 * kv_heads) * d)
+        q = qkv[:, : heads * d].view(rows, heads, d)
+        cache = [_empty(sequences * blocks, kv_heads, block, d, dtype=dtype) for _ in range(2)]
+        scales = [_empty(sequences * blocks, kv_heads, block, dtype=torch.float32) for _ in range(2 * scaled)]
+        tables = _empty(sequences, blocks, dtype=torch.int32)
+        starts, lens = _empty(sequences + 1, dtype=torch.int32), _empty(sequences, dtype=torch.int32)
+        return ops._paged_attention(q, *cache, tables, starts, lens, d**-0.5, *scales)
+
+    seen = sequences * tokens * (context - (tokens - 1) / 2)
+    moved = sequences * context * kv_heads * 2 * (d * dtype.itemsize + 4 * scaled) + 4.0 * rows * heads * d
+    fp8 = dtype == torch.float8_e4m3fn
+    return Case(
+        name, call, 4.0 * seen * heads * d, moved, gate=gate, targets=_WITH_FP8 if fp8 else tuple(TARGETS),
+        narrow=tuple(TARGETS) if scaled else (),
+    )  # fmt: skip
+
+
+def segments(name: str, rows: int, length: int, d: int = 80, *, gate: bool = False) -> Case:
+    """The vision tower's attention: 16 heads, segments of equal length."""
+    heads = 16
+
+    def call() -> object:
+        q, k, v = _empty(rows, 3, heads, d).unbind(1)
+        return ops._varlen_attention(q, k, v, _empty(rows // length + 1, dtype=torch.int32), d**-0.5)
+
+    return Case(name, call, 4.0 * rows * length * heads * d, 8.0 * rows * heads * d, gate=gate)
+
+
+def _moving(name: str, moved: float, call: Callable[[], object], **options: Any) -> Case:
+    return Case(name, call, 0.0, moved, **options)
+
+
+_DECODER = (
+    ("qkv", 2560, 2048, {"bias": True}),
+    ("out", 2048, 2048, {"residual": True}),
+    ("gate_up", 11008, 2048, {"gated": True}),
+    ("down", 2048, 11008, {"residual": True}),
+)
+_VISION = (
+    ("patch", 1280, 1176, {}),
+    ("vision qkv", 3840, 1280, {"bias": True}),
+    ("vision out", 1280, 1280, {"bias": True, "residual": True}),
+    ("vision gate_up", 3420, 1280, {"gated": True, "bias": True}),
+    ("vision down", 1280, 3420, {"bias": True, "residual": True}),
+    ("merger", 5120, 5120, {"bias": True}),
+)
+_GATED_IN_CI = {
+    ("out", "plain", 16), ("gate_up", "plain", 4096), ("down", "int8", 64), ("gate_up", "int8", 256),
+    ("vision qkv", "int8", 4096), ("vision down", "plain", 4096), ("down", "int4", 16), ("gate_up", "int4", 32),
+}  # fmt: skip
+
+
+def products() -> Iterator[Case]:
+    """The linear layers of the decoder, its output layer, and those of the vision tower."""
+    for form in _ARITHMETIC:
+        for m in (16, 32, 64, 256, 4096):
+            for name, n, k, options in _DECODER:
+                yield product(name, form, m, n, k, gate=(name, form, m) in _GATED_IN_CI, **options)
+        if form != "int4":
+            for m in (16, 64, 256):
+                yield product("head", form, m, 151936, 2048)
+            for name, n, k, options in _VISION:
+                yield product(name, form, 4096, n, k, gate=(name, form, 4096) in _GATED_IN_CI, **options)
+
+
+def attentions() -> Iterator[Case]:
+    """The decoder's and the vision tower's attention."""
+    for dtype in (_BF16, torch.int8, torch.float8_e4m3fn):
+        kind = str(dtype).removeprefix("torch.").removesuffix("_e4m3fn").replace("bfloat16", "bf16")
+        plain = dtype == _BF16
+        yield paged(f"decode {kind} 4 x 4096", 4, 1, 4096, dtype, gate=plain)
+        yield paged(f"decode {kind} 256 x 2048", 256, 1, 2048, dtype)
+        yield paged(f"prefill {kind} 1 x 4096", 1, 4096, 4096, dtype, gate=plain)
+    yield segments("vision windows", 4096, 64, gate=True)
+    yield segments("vision images", 4096, 4096, gate=True)
+
+
+def others() -> Iterator[Case]:
+    """The ops without a product, at a prefill chunk."""
+    m, h = 4096, 2048
+    x, weight = _empty(m, h), _empty(h)
+    cos = _empty(m, 64, dtype=torch.float32)
+    caches = [_empty(256, 2, 16, 128) for _ in range(2)]
+    codes = [_empty(256, 2, 16, 128, dtype=torch.int8) for _ in range(2)]
+    scales = [_empty(256, 2, 16, dtype=torch.float32) for _ in range(2)]
+    longs = _empty(m, dtype=torch.int64)
+    qkv, heads = _empty(m, 2560), _empty(m, 16, 80)
+    logits, mask = _empty(256, 151936, dtype=torch.float32), _empty(256, 4748, dtype=torch.int32)
+    table, axis = _empty(32768, 64, dtype=torch.float32), _empty(64, dtype=torch.int64)
+    pixels = _empty(m, 588, dtype=torch.uint8), longs, _empty(3, 256), 2, _empty(m, 1176)
+    kernels = ops.ops(_BF16)
+    yield _moving("rms_norm", 4.0 * m * h, lambda: norm.rms_norm(x, weight, 1e-6))
+    yield _moving(
+        "rms_norm to int8", 3.0 * m * h, lambda: norm.rms_norm_quantized(x, weight, 1e-6, torch.int8)
+    )
+    yield _moving("quantize to int8", 3.0 * m * h, lambda: linear.quantize(x, torch.int8))
+    yield _moving("swiglu", 6.0 * m * 3420, lambda: kernels["swiglu"](_empty(m, 6840)))
+    yield _moving("gelu", 4.0 * m * h, lambda: kernels["gelu"](x))
+    angles = _empty(m, 40, dtype=torch.float32)
+    yield _moving("rotary", 4.0 * m * 1280, lambda: kernels["rotary"](heads, angles, angles))
+    qkv_of = (qkv, cos, cos, longs)
+    yield _moving("rotary_cache", 4.0 * m * 2560, lambda: kernels["rotary_cache"](*qkv_of, *caches, 16, 2))
+    yield _moving(
+        "rotary_cache int8", 3.8 * m * 2560, lambda: kernels["rotary_cache"](*qkv_of, *codes, 16, 2, *scales)
+    )
+    yield _moving("embed", 4.0 * m * h, lambda: kernels["embed"](longs, packed("plain", 151936, h)))
+    yield _moving("embed int8", 3.0 * m * h, lambda: kernels["embed"](longs, packed("int8", 151936, h)))
+    positions = _empty(3, m, dtype=torch.int64)
+    yield _moving(
+        "mrope_angles", 16.0 * m * 64, lambda: kernels["mrope_angles"](positions, axis, table, table)
+    )
+    yield _moving("pixel_values", m * (588 + 2 * 1176.0), lambda: kernels["pixel_values"](*pixels))
+    yield _moving("greedy", 4.0 * 256 * 151936, lambda: kernels["greedy"](logits, mask))
+
+
+def tutorial() -> Iterator[Case]:
+    """The textbook kernels at the sizes of cases above."""
+    for m, n, k, tile, warps, stages in (
+        (4096, 2048, 2048, (128, 256, 64), 8, 3),
+        (4096, 2048, 2048, (128, 128, 64), 4, 3),
+        (16, 2048, 2048, (16, 64, 64), 4, 4),
+    ):
+        moved = 2.0 * (n * k + m * (n + k))
+        yield Case(
+            f"tutorial matmul M={m} {'x'.join(map(str, tile))} warps {warps}",
+            lambda m=m, n=n, k=k, tile=tile, warps=warps, stages=stages: tutorial_kernels.matmul(
+                _empty(m, k), _empty(n, k), tile=tile, warps=warps, stages=stages
+            ),
+            2.0 * m * n * k,
+            moved,
+        )
+    codes = [_empty(n, 2048, dtype=torch.int8) for n in (4096, 2048)]
+    yield Case(
+        "tutorial matmul int8 M=4096 128x128x128 warps 8",
+        lambda: tutorial_kernels.matmul(*codes, tile=(128, 128, 128), warps=8, stages=3),
+        2.0 * 4096 * 2048 * 2048,
+        2048.0 * (2048 + 4096 + 2 * 4096),
+        "int8",
+    )
+    for d, causal, tile, warps in ((128, True, (128, 64), 8), (128, True, (128, 64), 4), (128, False, (64, 64), 4)):  # fmt: skip
+        yield Case(
+            f"tutorial attention {'causal ' * causal}D={d} {tile[0]}x{tile[1]} warps {warps}",
+            lambda d=d, causal=causal, tile=tile, warps=warps: tutorial_kernels.attention(
+                *(_empty(16, 4096, d) for _ in range(3)), causal=causal, tile=tile, warps=warps, stages=3
+            ),
+            4.0 * 4096 * 4096 * 16 * d / (1 + causal),
+            8.0 * 4096 * 16 * d,
+        )
+
+
+def cases() -> list[Case]:
+    """All of them."""
+    return [*products(), *attentions(), *others(), *tutorial()]
+
+
+# The run.
+
+
+@dataclass(frozen=True)
+class Row:
+    """One kernel of a case, compiled for a target."""
+
+    case: str
+    target: str
+    launch: str
+    """The tile and what else was chosen for it."""
+    figures: Figures
+    faults: tuple[str, ...]
+    limits_us: dict[str, float | None]
+
+
+def launch_name(launch: Launch) -> str:
+    """The sizes that a kernel was compiled with."""
+    names = launch.fn.arg_names
+    values = {names[path[0]]: value for path, value in launch.constants.items() if len(path) == 1}
+    sizes = "x".join(str(values[n]) for n in ("TILE_M", "TILE_N", "TILE_K", "GROUP") if n in values)
+    stages = (
+        f"{launch.options['num_stages']} stages, " if launch.kernel.rpartition(".")[2] in _MULTIPLY else ""
+    )
+    words = [name.lower() for name in ("SPLIT", "SCALED", "TAIL", "GATED") if values.get(name) is True]
+    return f"{sizes or values.get('TILE', '')} ({stages}{launch.options['num_warps']} warps{''.join(', ' + w for w in words)})"
+
+
+def run(case: Case, target: Target, built: dict[str, Figures]) -> list[Row]:
+    """Compile what a case would launch; `built` holds what was compiled for this target before."""
+    with capture(target) as launches:
+        case.call()
+    rows = []
+    devices = [_B200 if id == "b200" else find_device(id) for id in target.devices]
+    for launch in launches:
+        if launch.key not in built:
+            built[launch.key] = build(launch, target)
+        figures = built[launch.key]
+        limits = {device.id: limit_us(case, device) for device in devices}
+        wrong = tuple(faults(figures, target, case))
+        rows.append(Row(case.name, target.name, launch_name(launch), figures, wrong, limits))
+    return rows
+
+
+def _sizes(widths: dict[int, int] | None) -> str:
+    return " ".join(f"{count}x{size}" for size, count in sorted((widths or {}).items(), reverse=True)) or "-"
+
+
+_SHORT = {
+    "matrix": "mma", "global load": "ldg", "shared and tensor memory": "smem", "float": "float", "convert": "cvt",
+    "integer and address": "int", "control": "ctl", "global store": "stg", "spill": "spill",
+}  # fmt: skip
+_COLUMNS = (
+    "case", "kernel", "tile", "regs", "spills", "shared KiB", "occupancy", "matrix", "weights: loads x bytes", "others", "async",
+    "per matrix op", "inner loop",
+)  # fmt: skip
+
+
+def table(rows: list[Row], target: Target) -> str:
+    """The rows of one target in Markdown."""
+    head = [*_COLUMNS, *(f"{d} us" for d in target.devices), "faults"]
+    lines = [" | ".join(head), " | ".join("---" for _ in head)]
+    for row in rows:
+        f = row.figures
+        counts = sorted(f.loop.items(), key=lambda item: -item[1])
+        loop = ", ".join(f"{_SHORT[kind]} {count}" for kind, count in counts)
+        multiply = f.kernel in _MULTIPLY
+        limits = [
+            "-"
+            if value is None or f.kernel in ("finish_kernel", "merge_kernel", "quantize_kernel")
+            else f"{value:.3g}"
+            for value in row.limits_us.values()
+        ]
+        lines.append(
+            " | ".join(
+                [
+                    row.case, f.kernel.removesuffix("_kernel"), row.launch, str(f.registers), str(f.spills),
+                    f"{f.shared / 1024:.0f}", f"{100 * f.occupancy:.0f} %", f.matrix if multiply else "",
+                    _sizes(f.widths.get("weights")) if multiply else "", _sizes(f.widths.get("other")), str(f.asynchronous),
+                    f"{f.per_matrix:.1f}" if f.per_matrix else "", loop, *limits, "; ".join(row.faults),
+                ]
+            )
+        )  # fmt: skip
+    return "\n".join(f"| {line} |" for line in lines)
+
+
+def report(rows: list[Row]) -> str:
+    """The whole result in Markdown."""
+    parts = [_INTRODUCTION.format(triton=triton.__version__)]
+    bad = [row for row in rows if row.faults and not row.case.startswith("tutorial")]
+    kernels = len({(row.target, row.figures.kernel, row.launch) for row in rows})
+    parts.append(
+        f"{len(rows)} launches, {kernels} different ones by name and tile, {len(bad)} with a fault (last column)."
+    )
+    for target in TARGETS.values():
+        if found := [row for row in rows if row.target == target.name]:
+            parts += [f"## {target.name} ({target.card.name})", table(found, target)]
+    return "\n\n".join(parts) + "\n"
+
+
+_INTRODUCTION = """# Compiled code of the Triton kernels
+
+Written by `python bench/codegen.py` with Triton {triton}; no GPU was used, and nothing here is a measured time. Every op at the
+sizes of Qwen2.5-VL-3B, as its launcher would start it on a card of the target (`kernels/gpu/configs.py` chooses the tile).
+
+- **spills**: bytes of local memory and stack, plus instructions that move registers there or back. **shared**: of a program.
+  **occupancy**: warps that fit on a multiprocessor at once, by registers, shared memory and programs.
+- **matrix**: the instruction of the tensor cores. **weights** are loads of weights, or of keys and values, in the whole kernel
+  with its prologue: how many in a thread, by bytes of one. **async**: copies from global to shared memory without registers.
+- **per matrix op**: other instructions of the inner loop for each one of the tensor cores. One `wgmma` or `tcgen05` does the work
+  of 16 to 64 `mma`, so that this compares rows of one instruction only.
+- The last columns are limits of cards with this instruction set in microseconds: the longer of operations at the data sheet's
+  peak and bytes at its bandwidth. `-`: the card lacks the arithmetic, or the kernel is a small part of its case.
+- **faults**: what the gate refuses: spills, too much shared memory, no tensor-core instruction, narrow loads of weights.
+
+Loads of 8 bytes are taken in two places. int8 and fp8 keys: Triton lays such an operand out 8 elements wide before it is
+converted. int4 weights with more than 64 rows on sm_90 and sm_100, for the same reason; there arithmetic bounds them and not
+memory."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Compile the Triton kernels and read their code.")
+    parser.add_argument("targets", nargs="*", default=list(TARGETS), help=", ".join(TARGETS))
+    parser.add_argument(
+        "--only", default="", help="cases whose name holds this; nothing is written to a file"
+    )
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of codegen.json and codegen.md")
+    arguments = parser.parse_args()
+    rows: list[Row] = []
+    for name in arguments.targets:
+        target, built = TARGETS[name], dict[str, Figures]()
+        for case in cases():
+            if name in case.targets and arguments.only in case.name:
+                rows += run(case, target, built)
+        print(f"{name}: {len(built)} kernels compiled", file=sys.stderr, flush=True)
+    if arguments.only or set(arguments.targets) != set(TARGETS):
+        print(report(rows))
+        return
+    data = {
+        "schema": "pagemill-codegen/1",
+        "triton": triton.__version__,
+        "rows": [asdict(row) for row in rows],
+    }
+    (arguments.output / "codegen.json").write_text(json.dumps(data, separators=(",", ":")) + "\n")
+    (arguments.output / "codegen.md").write_text(report(rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,146 @@
+"""The gate: no spills, shared memory that fits, tensor cores in every product, wide loads of weights; and that it closes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from machine_code import (
+    TARGETS,
+    Code,
+    Figures,
+    Target,
+    inner_loop,
+    kind_of,
+    loads,
+    occupancy,
+    read_gcn,
+    read_sass,
+)
+from torch import Tensor
+
+import codegen
+from codegen import Case
+from pagemill.kernels.gpu import linear
+from pagemill.kernels.gpu.configs import MatmulTile
+
+CUDA = [target for target in TARGETS.values() if target.is_cuda]
+GATE = [case for case in codegen.cases() if case.gate]
+_built: dict[str, dict[str, Figures]] = {}
+
+
+def faults(case: Case, target: Target) -> list[str]:
+    rows = codegen.run(case, target, _built.setdefault(target.name, {}))
+    assert rows
+    return [fault for row in rows for fault in row.faults]
+
+
+@pytest.mark.parametrize("target", CUDA, ids=lambda target: target.name)
+@pytest.mark.parametrize("case", GATE, ids=lambda case: case.name)
+def test_the_gate_is_passed(case: Case, target: Target) -> None:
+    assert target.name in case.targets
+    assert not faults(case, target)
+
+
+def test_every_kind_of_kernel_is_in_the_gate() -> None:
+    names = " ".join(case.name for case in GATE)
+    for word in ("plain", "int8", "int4", "gate_up", "decode", "prefill", "vision windows", "vision images"):
+        assert word in names
+
+
+def product(call: Callable[[], object]) -> Case:
+    return Case("a product", call, 1.0, 1.0)
+
+
+def multiply(
+    tile: MatmulTile, *, m: int = 4096, gated: bool = False, dtype: torch.dtype = torch.bfloat16
+) -> Case:
+    def call() -> Tensor:
+        weight = codegen.packed("plain", 2048, 2048, gated=gated)
+        weight = replace(weight, weight=weight.weight.to(dtype))
+        return linear.linear(codegen._empty(m, 2048, dtype=dtype), weight, tile=tile)
+
+    return product(call)
+
+
+def unaligned() -> Tensor:
+    weight = codegen.packed("plain", 2048, 2048)
+    rows = codegen._empty(2048, 2049)[:, :2048]
+    return linear.linear(
+        codegen._empty(16, 2048), replace(weight, weight=rows), tile=MatmulTile(16, 64, 64, 1, 4, 4)
+    )
+
+
+@pytest.mark.parametrize(
+    ("case", "target", "fault"),
+    [
+        (product(unaligned), "sm_80", "loads of weights of "),
+        (multiply(MatmulTile(128, 256, 64, 1, 4, 3), gated=True), "sm_80", " spills"),
+        (multiply(MatmulTile(128, 128, 64, 1, 8, 5)), "sm_89", " bytes of shared memory, of 101376"),
+        (multiply(MatmulTile(16, 64, 32, 1, 4, 2), m=16, dtype=torch.float32), "sm_80", "no tensor-core instruction"),
+    ],
+    ids=["narrow loads", "spills", "shared memory", "no tensor cores"],
+)  # fmt: skip
+def test_the_gate_closes(case: Case, target: str, fault: str) -> None:
+    assert any(fault in found for found in faults(case, TARGETS[target]))
+
+
+SASS = """
+        /*0000*/                   MOV R1, c[0x0][0x28] ;
+        /*0010*/                   LDG.E.128 R4, [R2.64] ;
+        /*0020*/                   HMMA.16816.F32.BF16 R4, R8, R10, R4 ;
+        /*0030*/               @P0 BRA 0x20 ;
+        /*0040*/                   STL [R1], R4 ;
+        /*0050*/                   FADD R4, R4, R5 ;
+        /*0060*/              @!P1 BRA 0x10 ;
+        /*0070*/                   EXIT ;
+"""
+
+
+def test_machine_code_is_read() -> None:
+    code = read_sass(SASS)
+    assert code.names[2].startswith("HMMA")
+    assert [kind_of(name) for name in code.names] == [
+        "integer and address", "global load", "matrix", "control", "spill", "float", "control", "control",
+    ]  # fmt: skip
+    assert code.loops == [(2, 3), (1, 6)]
+    assert list(inner_loop(code)) == list(code.names[2:4])
+    assert list(inner_loop(Code(["FADD"]))) == ["FADD"]
+    gcn = read_gcn(
+        "kernel:\n\tv_mov_b32 v0, v1\n.LBB0_1:\n\tv_mfma_f32 a, b\n\ts_cbranch_scc1 .LBB0_1\n.Lfunc_end0:\n\tv_not_read x\n"
+    )
+    assert gcn.names == ["v_mov_b32", "v_mfma_f32", "s_cbranch_scc1"]
+    assert gcn.loops == [(1, 2)]
+
+
+def test_loads_are_told_apart_by_their_source_line(tmp_path) -> None:
+    source = tmp_path / "kernel.py"
+    source.write_text("b = tl.load(w_at, mask=there)\na = tl.load(x_at)\n")
+    ptx = f"""
+    .loc 1 1 5
+    cp.async.cg.shared.global [ %r1 + 0 ], [ %rd1 + 0 ], 0x10, %r2;
+    .loc 1 2 5
+    ld.global.v2.b32 {{ %r1, %r2 }}, [ %rd1 + 0 ];
+    @%p1 ld.global.b16 %rs1, [ %rd1 + 0 ];
+    .file 1 "{tmp_path}" "kernel.py"
+    """
+    counts, asynchronous = loads(ptx)
+    assert counts == {"weights": {16: 1}, "other": {8: 1, 2: 1}}
+    assert asynchronous == 1
+
+
+@pytest.mark.parametrize(
+    ("registers", "shared", "warps", "share"),
+    [
+        (32, 0, 4, 1.0),
+        (64, 0, 4, 0.5),
+        (255, 0, 8, 0.125),
+        (32, 100 << 10, 4, 4 / 64),
+        (32, 40 << 10, 8, 0.5),
+    ],
+)
+def test_occupancy(registers: int, shared: int, warps: int, share: float) -> None:
+    """Of an A100, by hand: 65,536 registers in steps of 256 a warp, 164 KB less 1 a program, 64 warps, 32 programs."""
+    assert occupancy(TARGETS["sm_80"], registers, shared, warps) == share
