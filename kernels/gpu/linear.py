@@ -81,6 +81,12 @@ def _finish_tile(
 
 
 @triton.jit
+def _halves(sums, TILE_M: tl.constexpr, TILE_N: tl.constexpr):
+    """The left and the right columns of a tile."""
+    return tl.split(tl.permute(tl.reshape(sums, (TILE_M, 2, TILE_N // 2)), (0, 2, 1)))
+
+
+@triton.jit
 def _keep_partial(acc, up, partial, split, m, n, M, N, GATED: tl.constexpr):
     """Sums of one range of K: `partial [splits, 1 or 2, M, N]`."""
     parts: tl.constexpr = 2 if GATED else 1
@@ -142,6 +148,18 @@ def matmul_kernel(
                     up = tl.dot(a, b, up, input_precision=PRECISION, out_dtype=kind)
     if SPLIT:
         _keep_partial(acc, up, partial, tl.program_id(1), m, n, M, N, GATED)
+    elif TILE_M * TILE_N * (2 if GATED else 1) >= 32768:
+        # Half of the columns at a time: with a residual beside them, all of them do not fit the registers.
+        left, right = _halves(acc, TILE_M, TILE_N)
+        up_left, up_right = _halves(up, TILE_M, TILE_N)
+        n = tile_n * TILE_N + tl.arange(0, TILE_N // 2)
+        _finish_tile(
+            left, up_left, x_scale, w_scale, bias, residual, out, m, n, M, N, out_row, GATED, SCALED, BIAS, RESIDUAL,
+        )  # fmt: skip
+        _finish_tile(
+            right, up_right, x_scale, w_scale, bias, residual, out, m, n + TILE_N // 2, M, N, out_row, GATED, SCALED, BIAS,
+            RESIDUAL,
+        )  # fmt: skip
     else:
         _finish_tile(
             acc, up, x_scale, w_scale, bias, residual, out, m, n, M, N, out_row, GATED, SCALED, BIAS, RESIDUAL,

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
+import codegen
 import pytest
 import torch
+from codegen import Case
 from machine_code import (
     TARGETS,
     Code,
@@ -21,8 +23,6 @@ from machine_code import (
 )
 from torch import Tensor
 
-import codegen
-from codegen import Case
 from pagemill.kernels.gpu import linear
 from pagemill.kernels.gpu.configs import MatmulTile
 

@@ -60,9 +60,9 @@ def weights(
 
 def check(
     scheme: str, m: int, n: int, k: int, gated: bool, extras: bool, group: int = 128, out_dtype: torch.dtype = torch.float32,
-    module: Any = linear, **how: Any,
+    module: Any = linear, tile: configs.MatmulTile | None = None, **how: Any,
 ) -> list[Launch]:  # fmt: skip
-    """One product against float64, in the production tile; every element within what rounding may add up to."""
+    """One product against float64, in a tile, the table's if none is given; every element within what rounding may add up to."""
     x = among_nan(torch.randn(m, k).bfloat16())
     weight, pack = weights(scheme, 2 * n if gated else n, k, group)
     bias = torch.randn(len(weight)).bfloat16() if extras else None
@@ -70,7 +70,7 @@ def check(
     packed = pack(module, bias, gated)
     # On one multiprocessor the largest tile that has rows for it; on as many as an A100 has, K is cut.
     card = configs.Card("", ARCH.get(scheme, 80), 1 if m > 64 else 108)
-    tile = configs.matmul(card, scheme, gated, m, n, k)
+    tile = tile or configs.matmul(card, scheme, gated, m, n, k)
     with emulated(ARCH.get(scheme, 80), **how) as launches:
         found = module.linear(x, packed, tile=tile, residual=residual, out_dtype=out_dtype)
     exact = x.double()
@@ -108,6 +108,15 @@ def test_matches_float64(scheme: str, case: str) -> None:
     assert matmul.count("mma") > 0
     if case == "a full tile, cut in many":
         assert names[-1] == "finish_kernel"
+
+
+@pytest.mark.parametrize(
+    ("scheme", "n", "gated", "features"), [("plain", 300, False, 256), ("int8", 150, True, 128)]
+)
+def test_a_tile_that_is_finished_in_halves(scheme: str, n: int, gated: bool, features: int) -> None:
+    """As on sm_90 and later, whose tensor cores nothing here executes."""
+    tile = configs.MatmulTile(128, features, 64, 1, 8, 2)
+    check(scheme, 100, n, 72, gated, True, tile=tile)
 
 
 @pytest.mark.parametrize("kind", [torch.int8, FP8], ids=str)
