@@ -250,7 +250,10 @@ def others() -> Iterator[Case]:
     yield _moving(
         "rotary_cache int8", 3.8 * m * 2560, lambda: kernels["rotary_cache"](*qkv_of, *codes, 16, 2, *scales)
     )
-    yield _moving("embed", 4.0 * m * h, lambda: kernels["embed"](longs, packed("plain", 151936, h)))
+    index = longs.int()
+    yield _moving(
+        "embed and images", 4.0 * m * h, lambda: kernels["embed"](longs, packed("plain", 151936, h), index, x)
+    )
     yield _moving("embed int8", 3.0 * m * h, lambda: kernels["embed"](longs, packed("int8", 151936, h)))
     positions = _empty(3, m, dtype=torch.int64)
     yield _moving(
