@@ -192,8 +192,8 @@ _VISION = (
     ("merger", 5120, 5120, {"bias": True}),
 )
 _GATED_IN_CI = {
-    ("out", "plain", 16), ("gate_up", "plain", 4096), ("down", "int8", 64), ("gate_up", "int8", 256),
-    ("vision qkv", "int8", 4096), ("vision down", "plain", 4096), ("down", "int4", 16), ("gate_up", "int4", 32),
+    ("out", "plain", 16), ("gate_up", "plain", 4096), ("vision down", "plain", 4096), ("gate_up", "int8", 256),
+    ("vision qkv", "int8", 4096), ("down", "int4", 16),
 }  # fmt: skip
 
 

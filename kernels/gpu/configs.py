@@ -101,12 +101,19 @@ _INT4_GATED = _tiles((16, 64, 64, 4, 4), (32, 64, 64, 4, 4), (64, 32, 64, 4, 4))
 # Of 64 features or more and four warps, wgmma: it waits for the conversion of every group, and Triton copies such weights 8 bytes
 # at a time. Few rows are bound by memory, and mma does them.
 _HOPPER_INT4 = _tiles(
-    (16, 64, 64, 2, 4), (32, 32, 64, 4, 4), (64, 32, 64, 4, 4), (64, 128, 64, 8, 3), (128, 128, 64, 8, 3)
+    (16, 64, 64, 2, 4),
+    (32, 32, 64, 4, 4),
+    (64, 32, 64, 4, 4),
+    (64, 64, 64, 8, 3),
+    (64, 128, 64, 8, 3),
+    (128, 128, 64, 8, 3),
 )
 _HOPPER_INT4_GATED = _tiles((16, 32, 64, 4, 4), (32, 32, 64, 4, 4), (64, 32, 64, 4, 4), (64, 128, 64, 8, 3))
 _HOPPER_PLAIN = (*_PLAIN[:-1], *_tiles((128, 128, 64, 8, 4), (128, 256, 64, 8, 3)))
 _HOPPER_PLAIN_GATED = (*_PLAIN_GATED[:-1], *_tiles((128, 64, 64, 8, 4), (128, 128, 64, 8, 3)))
 _HOPPER_BYTE = (*_BYTE[:-1], *_tiles((128, 128, 128, 8, 4), (128, 256, 128, 8, 3)))
+# 32 rows of fp8 are converted for mma: of 64 features, they spill.
+_HOPPER_FP8 = (_HOPPER_BYTE[0], *_tiles((32, 32, 128, 4, 4)), *_HOPPER_BYTE[2:])
 _HOPPER_BYTE_GATED = (*_BYTE_GATED[:-1], *_tiles((128, 64, 128, 8, 4), (128, 128, 128, 8, 3)))
 
 _AMPERE = {
@@ -118,7 +125,7 @@ _AMPERE = {
 _HOPPER = _AMPERE | {
     ("plain", False): _HOPPER_PLAIN, ("plain", True): _HOPPER_PLAIN_GATED,
     ("int8", False): _HOPPER_BYTE, ("int8", True): _HOPPER_BYTE_GATED,
-    ("fp8", False): _HOPPER_BYTE, ("fp8", True): _HOPPER_BYTE_GATED,
+    ("fp8", False): _HOPPER_FP8, ("fp8", True): _HOPPER_BYTE_GATED,
     ("int4", False): _HOPPER_INT4, ("int4", True): _HOPPER_INT4_GATED,
 }  # fmt: skip
 _INTERPRETED = _tiles(
@@ -131,7 +138,8 @@ MATMUL: Mapping[int, Mapping[tuple[str, bool], tuple[MatmulTile, ...]]] = {
     89: _AMPERE,
     90: _HOPPER,
     100: _HOPPER,
-    AMD: _AMPERE,
+    # 64 KB of shared memory
+    AMD: {key: tuple(replace(tile, stages=2, parts=1) for tile in tiles) for key, tiles in _AMPERE.items()},
 }
 """By architecture, then by form and whether gate and up are multiplied at once: tiles from small to large."""
 
@@ -144,6 +152,14 @@ PAGED: Mapping[int, tuple[AttentionTile, AttentionTile]] = {
     AMD: (AttentionTile(16, 64, 4, 2), AttentionTile(128, 64, 8, 2)),
 }
 """By architecture: where every sequence has one token, and where some have more."""
+PAGED_QUANTISED: Mapping[int, tuple[AttentionTile, AttentionTile]] = {
+    **PAGED,
+    80: (AttentionTile(16, 64, 4, 3), AttentionTile(128, 32, 8, 3)),
+    89: (AttentionTile(16, 64, 4, 3), AttentionTile(128, 32, 8, 3)),
+    90: (AttentionTile(16, 64, 4, 2), AttentionTile(128, 64, 8, 3)),
+    100: (AttentionTile(16, 64, 4, 2), AttentionTile(128, 64, 8, 3)),
+}
+"""The same over int8 and fp8, whose conversion takes registers."""
 
 VARLEN: Mapping[int, tuple[AttentionTile, AttentionTile]] = {
     0: (AttentionTile(64, 64, 4, 1), AttentionTile(64, 64, 4, 1)),
@@ -194,9 +210,9 @@ def matmul(card: Card, form: str, gated: bool, m: int, n: int, k: int) -> Matmul
     return replace(tile, splits=max(1, splits))
 
 
-def paged(card: Card, *, decoding: bool) -> AttentionTile:
+def paged(card: Card, *, decoding: bool, quantised: bool = False) -> AttentionTile:
     """The tile of attention over the cache; `decoding`: every sequence has one token."""
-    return PAGED[card.arch][0 if decoding else 1]
+    return (PAGED_QUANTISED if quantised else PAGED)[card.arch][0 if decoding else 1]
 
 
 def varlen(card: Card, rows: int, segments: int) -> AttentionTile:

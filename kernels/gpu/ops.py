@@ -171,7 +171,7 @@ def _paged_attention(
     v_scale: Tensor | None = None,
 ) -> Tensor:
     card = configs.card_of(q.device)
-    tile = tuned.paged(card, decoding=len(q) == len(context_lens))
+    tile = tuned.paged(card, decoding=len(q) == len(context_lens), quantised=k_scale is not None)
     kv_heads, block_size = k_cache.shape[1:3]
     programs = (len(q) * (q.shape[1] // kv_heads) // tile.rows + len(context_lens)) * kv_heads
     splits = configs.splits_for(card, programs, block_tables.shape[1] * block_size, tile.keys)

@@ -73,11 +73,11 @@ def matmul(card: Card, form: str, gated: bool, m: int, n: int, k: int) -> Matmul
     return next((tile for most, tile in tiles if m <= most), tiles[-1][1])
 
 
-def paged(card: Card, *, decoding: bool) -> AttentionTile:
-    """`configs.paged`, or what was fastest."""
-    found = load(card.name) if card.arch else None
+def paged(card: Card, *, decoding: bool, quantised: bool = False) -> AttentionTile:
+    """`configs.paged`, or what was fastest over bfloat16."""
+    found = load(card.name) if card.arch and not quantised else None
     tile = found.attention.get("decode" if decoding else "prefill") if found else None
-    return tile or configs.paged(card, decoding=decoding)
+    return tile or configs.paged(card, decoding=decoding, quantised=quantised)
 
 
 def varlen(card: Card, rows: int, segments: int) -> AttentionTile:
