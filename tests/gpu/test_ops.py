@@ -98,7 +98,9 @@ def test_angles_and_pixels(triton: Kernels, reference: Kernels) -> None:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "bound"), [(torch.float32, 1e-6), (torch.int8, 0.01), (torch.float8_e4m3fn, 0.01)]
+    ("dtype", "bound"),
+    [(torch.float32, 1e-6), (torch.int8, 0.01), (torch.float8_e4m3fn, 0.01)],
+    ids=["f32", "int8", "fp8"],
 )
 def test_attention_over_the_cache_that_it_wrote(
     triton: Kernels, reference: Kernels, dtype: torch.dtype, bound: float
