@@ -64,7 +64,7 @@ def test_prefill(cache: torch.dtype) -> None:
     check([1, 81, 17, 33, 0, 64, 40], [1, 5, 17, 33, 0, 1, 0], 8, 1, cache=cache)
 
 
-@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(28, 4, 128), (2, 2, 64), (16, 2, 128)])
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(28, 4, 128), (2, 2, 64)])
 def test_prefill_of_groups(heads: int, kv_heads: int, head_dim: int) -> None:
     check([70, 19], [19, 18], heads, kv_heads, head_dim)
 
@@ -79,8 +79,10 @@ def test_prefill_in_ranges() -> None:
 @pytest.mark.parametrize("cache", CACHES, ids=str)
 def test_warps_in_any_order(cache: torch.dtype, seed: int) -> None:
     """Long enough for every stage of the pipeline to be used again."""
-    contexts, counts = ([330], [1]) if seed else ([300], [9])
-    check(contexts, counts, 8, 1, cache=cache, one_by_one=True, seed=seed)
+    if seed:
+        check([200], [1], 16, 2, cache=cache, one_by_one=True, seed=seed)
+    else:
+        check([220], [9], 8, 1, cache=cache, one_by_one=True, seed=seed)
 
 
 def check_varlen(
@@ -108,4 +110,4 @@ def test_segments(head_dim: int) -> None:
 
 @pytest.mark.parametrize("seed", range(2))
 def test_segments_with_warps_in_any_order(seed: int) -> None:
-    check_varlen([300] if seed else [70, 3], 1, 80, one_by_one=True, seed=seed)
+    check_varlen([260] if seed else [70, 3], 2, 80, one_by_one=True, seed=seed)

@@ -79,21 +79,27 @@ ATTENTION = {
     "the old sums not rescaled": (
         "acc * rescale[:, None], input_precision=PRECISION)\n    return", "acc, input_precision=PRECISION)\n    return",
     ),
-    "the scale of keys left out": ("score *= tl.load(k_scale", "score += 0 * tl.load(k_scale"),
     "ranges merged without weights": ("weight = tl.exp2(lse - tl.max(lse, 0))", "weight = tl.exp2(0 * lse)"),
     "the wrong head of the group": ("(head * GROUP + row % GROUP) * q_head", "(head * GROUP + row // TOKENS) * q_head"),
 }  # fmt: skip
 """What stands where in `kernels/gpu/attention.py`."""
 
 
-def check_attention(module: ModuleType) -> None:
-    test_attention.check([40, 200], [9, 3], 8, 1, cache=torch.int8, columns=32, module=module)
+def check_attention(module: ModuleType, cache: torch.dtype = torch.bfloat16, columns: int = 32) -> None:
+    test_attention.check([40, 200], [9, 3], 8, 1, cache=cache, columns=columns, module=module)
 
 
 @pytest.mark.parametrize("mutation", ATTENTION)
 def test_wrong_attention(mutated: Mutate, mutation: str) -> None:
     with pytest.raises(Caught):
         check_attention(mutated(attention, *ATTENTION[mutation]))
+
+
+def test_wrong_attention_over_integers(mutated: Mutate) -> None:
+    with pytest.raises(Caught):
+        check_attention(
+            mutated(attention, "score *= tl.load(k_scale", "score += 0 * tl.load(k_scale"), torch.int8
+        )
 
 
 def check_segments(module: ModuleType) -> None:
@@ -105,11 +111,13 @@ def test_a_segment_sees_the_next(mutated: Mutate) -> None:
         check_segments(mutated(attention, "(key < end) if MASKED", "(key < end + 1) if MASKED"))
 
 
-def test_copies_without_a_mistake_pass(mutated: Mutate) -> None:
+def test_what_has_no_mistake_passes(mutated: Mutate) -> None:
     for scheme in ("plain", "int8", "int4"):
-        check_product(scheme, mutated(linear, "splits", "splits"))
-    check_attention(mutated(attention, "head", "head"))
-    check_segments(mutated(attention, "head", "head"))
+        check_product(scheme, linear)
+    check_product("plain", mutated(linear, "splits", "splits"))
+    check_attention(attention)
+    check_attention(attention, torch.int8, 0)
+    check_segments(attention)
 
 
 def without(pattern: str, number: int = 0) -> Callable[[str], str]:
@@ -151,7 +159,7 @@ def check_damaged_product(damage: Callable[[str], str]) -> None:
 
 
 def check_damaged_attention(damage: Callable[[str], str]) -> None:
-    test_attention.check([330], [1], 8, 1, damage=damage, one_by_one=True)
+    test_attention.check([200], [1], 16, 2, damage=damage, one_by_one=True)
 
 
 @pytest.mark.parametrize("damage", PLAIN_DAMAGE)
