@@ -20,9 +20,12 @@ demo: $(INSTALLED)
 	@.venv/bin/pagemill read $(SAMPLES) -o out/demo.jsonl --overwrite
 	@$(PY) bench/show.py out/demo.jsonl
 
+# The Triton kernels, compiled and in the interpreter: two processes, each with work for one core.
 test: lint
-	$(PY) -m pytest
-	TRITON_INTERPRET=1 $(PY) -m pytest tests/gpu
+	$(PY) -m pytest --ignore tests/emulator --ignore tests/compiled
+	@TRITON_INTERPRET=1 $(PY) -m pytest tests/gpu > build/interpreter-tests.txt 2>&1 & interpreter=$$!; \
+		$(PY) -m pytest tests/emulator tests/compiled; compiled=$$?; \
+		wait $$interpreter; interpreted=$$?; cat build/interpreter-tests.txt; exit $$((compiled + interpreted))
 
 lint: $(INSTALLED)
 	$(PY) -m ruff check .
