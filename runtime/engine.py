@@ -19,7 +19,7 @@ from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Container, Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, TypeVar
@@ -37,8 +37,15 @@ from pagemill.decode.guidance import PageFormat
 from pagemill.decode.page import parse_page
 from pagemill.decode.sampler import SamplingParams
 from pagemill.decode.verdict import Confidence
-from pagemill.errors import CheckpointError, ConfigError, PagemillError, RequestError, sentence
-from pagemill.gpu import gpu_of, named_device
+from pagemill.errors import (
+    CheckpointError,
+    ConfigError,
+    DeviceError,
+    PagemillError,
+    RequestError,
+    sentence,
+)
+from pagemill.gpu import gpu_of, is_lost, named_device
 from pagemill.memory import spending
 from pagemill.model.config import read_config
 from pagemill.model.loader import find_checkpoint, load_model
@@ -52,8 +59,8 @@ from pagemill.sequence import PageTask, Sequence
 from pagemill.stats import EngineStats
 
 T = TypeVar("T")
-_Task = Callable[[Callable[[T], None]], None]
-"""Starts something and sees to it that the callable it is given gets exactly one result."""
+_Task = Callable[[Callable[[T | DeviceError], None]], None]
+"""Starts something and sees to it that the callable it is given gets exactly one result, or that the device is lost."""
 
 _MAX_ANSWERS = 4096  # finished pages of a call that later duplicates can be answered with: some 20 MB
 _JSON_TOKENS = 64  # a page's keys and punctuation, generously
@@ -178,6 +185,7 @@ class Engine:
         self._pid = os.getpid()
         self._closed = False
         self._ended = False
+        self._lost: str | None = None  # why the device cannot be used any more
         self._thread = threading.Thread(target=self._run, name="pagemill-engine", daemon=True)
         self._thread.start()
         _open_engines.add(self)
@@ -254,7 +262,8 @@ class Engine:
         values, nor drafts from earlier pages: the first call of a salt reads every page as if for the first time.
 
         A file or page that cannot be read gives a result with status "error" and never stops the others. Leaving the iterator
-        early cancels what is still running. Raises `ConfigError` or `RequestError`, at once, for options that cannot be meant.
+        early cancels what is still running. Raises `ConfigError` or `RequestError`, at once, for options that cannot be meant;
+        and `DeviceError`, while reading, when the device is lost: the pages not yielded by then were not read.
         """
         pages = find_pages(inputs, skip, self.model)
         start, cancel = self.reading(
@@ -282,11 +291,11 @@ class Engine:
         crop: bool = False,
         draft_text: Callable[[npt.NDArray[np.uint8]], str] | None = None,
         salt: str = "",
-    ) -> tuple[Callable[[PageRef, Callable[[PageResult], None]], None], Callable[[], None]]:
+    ) -> tuple[Callable[[PageRef, Callable[[PageResult | DeviceError], None]], None], Callable[[], None]]:
         """Begin what `read` does, for a caller who brings pages one by one: return `start(page, deliver)` and `cancel()`.
 
         Every page started has its one result delivered, from a thread of the engine; cancelled ones as errors. How many
-        are started ahead is the caller's care. Arguments and errors are those of `read`.
+        are started ahead is the caller's care. Arguments and errors are those of `read`; a DeviceError is delivered.
         """
         params, call = params or SamplingParams(), _Call()
         if params.guidance == "auto":
@@ -295,7 +304,7 @@ class Engine:
         fit = FitOptions(resolution, crop, self.profile.text_height)
         options = _PageOptions(params, dpi or self.dpi, fit, draft_text, salt)
 
-        def start(page: PageRef, deliver: Callable[[PageResult], None]) -> None:
+        def start(page: PageRef, deliver: Callable[[PageResult | DeviceError], None]) -> None:
             self._start(self._read_page, page, options, call, deliver)
 
         return start, partial(self._cancel, call)
@@ -367,7 +376,7 @@ class Engine:
 
         The bound keeps enough prepared pages that a free place in the batch never waits, and memory small.
         """
-        done: queue.SimpleQueue[T] = queue.SimpleQueue()
+        done: queue.SimpleQueue[T | DeviceError] = queue.SimpleQueue()
         most = self.core.config.max_num_seqs + 2 * self.core.config.prepare_threads
         pending = 0
         while True:
@@ -376,7 +385,9 @@ class Engine:
                 task(done.put)
             if not pending:
                 return
-            yield done.get()
+            if isinstance(result := done.get(), DeviceError):
+                raise result
+            yield result
             pending -= 1
 
     async def stream(
@@ -388,12 +399,12 @@ class Engine:
         """
         loop = asyncio.get_running_loop()
         arrived = asyncio.Event()
-        latest: list[RequestOutput] = []
+        latest: list[RequestOutput | DeviceError] = []
         call = _Call()
 
-        def deliver(numbered: tuple[int, RequestOutput]) -> None:
+        def deliver(numbered: tuple[int, RequestOutput] | DeviceError) -> None:
             def on_loop() -> None:
-                latest[:] = [numbered[1]]
+                latest[:] = [numbered if isinstance(numbered, DeviceError) else numbered[1]]
                 arrived.set()
 
             with suppress(RuntimeError):  # the caller's loop has ended, and with it all interest
@@ -404,7 +415,8 @@ class Engine:
             while True:
                 await arrived.wait()
                 arrived.clear()
-                output = latest[0]
+                if isinstance(output := latest[0], DeviceError):
+                    raise output
                 yield output
                 if output.finish_reason is not None:
                     return
@@ -463,7 +475,8 @@ class Engine:
             self._closed = True
             self._wake.notify()
         self._thread.join()
-        self.core.close()
+        with suppress(Exception) if self._lost else nullcontext():
+            self.core.close()
         self._pool.shutdown()  # what is queued there finds the engine closed and says so
 
     def __enter__(self) -> Engine:
@@ -487,6 +500,8 @@ class Engine:
     def _check_open(self, call: _Call) -> None:
         if os.getpid() != self._pid:
             raise RequestError("an engine does not survive a fork; make one in each process")
+        if self._lost:
+            raise DeviceError(self._lost)
         if call.cancelled or self._closed:
             raise RequestError("cancelled" if call.cancelled else "the engine is closed")
 
@@ -495,7 +510,7 @@ class Engine:
         ref: PageRef,
         options: _PageOptions,
         call: _Call,
-        deliver: Callable[[PageResult], None],
+        deliver: Callable[[PageResult | DeviceError], None],
         alone: bool = False,
     ) -> None:
         """Prepare one page and queue it; whatever happens, exactly one result is delivered. `alone` looks for no duplicate."""
@@ -507,7 +522,7 @@ class Engine:
         def finish(result: PageResult) -> None:
             if leads is not None:
                 call.twins.settle(leads, result)
-            deliver(result)
+            deliver(DeviceError(self._lost) if self._lost and result.status == "error" else result)
 
         def on_end(seq: Sequence | None, error: str | None) -> None:
             if seq is None or error is not None or seq.finish_reason == "cancelled":
@@ -627,7 +642,7 @@ class Engine:
         params: SamplingParams | None,
         call: _Call,
         on_output: Callable[[tuple[int, RequestOutput]], None] | None,
-        deliver: Callable[[tuple[int, RequestOutput]], None],
+        deliver: Callable[[tuple[int, RequestOutput] | DeviceError], None],
     ) -> None:
         """Prepare one request and queue it; whatever happens, `deliver` gets exactly one final output, with `number`."""
         started = time.perf_counter()
@@ -649,7 +664,7 @@ class Engine:
                 failed = RequestOutput(
                     request.request_id, "", [], "error", TokenCounts(), Seconds(), error=error
                 )
-                deliver((number, failed))
+                deliver(DeviceError(self._lost) if self._lost else (number, failed))
             else:
                 deliver((number, output(seq)))
 
@@ -681,7 +696,7 @@ class Engine:
         text: str | Mapping[str, str | None],
         options: _PageOptions,
         call: _Call,
-        deliver: Callable[[tuple[int, Alignment]], None],
+        deliver: Callable[[tuple[int, Alignment] | DeviceError], None],
     ) -> None:
         """Prepare one page with its reference and queue it; `deliver` gets exactly one result, with `number`."""
         started = time.perf_counter()
@@ -703,7 +718,7 @@ class Engine:
                     seconds=_seconds(seq, prepare),
                     logprobs=seq.logprobs,
                 )
-            deliver((number, alignment))
+            deliver(DeviceError(self._lost) if self._lost and alignment.error else (number, alignment))
 
         try:
             self._check_open(call)
@@ -822,6 +837,15 @@ class Engine:
         except Exception as error:
             # The running sequences cannot be trusted any more; the engine can, once they have given back what they held.
             reason = f"the engine failed on this batch: {sentence(error)}"
+            if is_lost(
+                error
+            ):  # nothing of this process will run there again: every page would fail, so that none is begun
+                device = "the device" if self.core.gpu is None else self.core.gpu.device
+                self._lost = reason = (
+                    f"{device} is lost to this process ({sentence(error)}); "
+                    "begin it anew: the pages that were not finished were not read"
+                )
+                self._closed = True
             for seq in list(self.core.scheduler.running):
                 self.core.cancel(seq)
                 self._end(seq, reason)

@@ -347,7 +347,7 @@ class Fleet:
             self._end(worker, str(failure))
 
     def _live(self, worker: _Worker) -> PagemillError:
-        """Run one process from its beginning to its end; return how it ended, or why it could not begin."""
+        """Run one process from its beginning to its end; return how it ended, or why it could not begin or go on."""
         ours, theirs = socket.socketpair()
         with ours, theirs, Connection(os.dup(ours.fileno())) as pipe:
             process = subprocess.Popen(
@@ -385,7 +385,7 @@ class Fleet:
         return refused or DeviceError(_how_it_ended(process.returncode))
 
     def _hear(self, worker: _Worker, kind: str, *message: Any) -> PagemillError | None:
-        """Take one message; return why the engine cannot start, if it says so."""
+        """Take one message; return why the engine cannot start or go on, if it says so."""
         with self._lock:
             if kind == "failed":
                 return message[0]  # type: ignore[no-any-return]
@@ -515,9 +515,14 @@ def serve(descriptor: int) -> None:
 
 
 def _deliver(
-    replies: queue.SimpleQueue[tuple[Any, ...]], number: int, ticket: int, result: PageResult
+    replies: queue.SimpleQueue[tuple[Any, ...]], number: int, ticket: int, result: PageResult | DeviceError
 ) -> None:
-    replies.put(("page", number, ticket, result))
+    if isinstance(
+        result, DeviceError
+    ):  # the parent hangs up, and so ends this process: its pages are read by another
+        replies.put(("failed", result))
+    else:
+        replies.put(("page", number, ticket, result))
 
 
 def _or_exit(step: Callable[[], None]) -> None:

@@ -110,3 +110,30 @@ def named_device(name: str) -> torch.device:
     if device.index is not None and device.index >= count:
         raise ConfigError(f"there is no device {name}: torch sees {count}, cuda:0 to cuda:{count - 1}")
     return torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+
+
+_LOST = ("CUDA error: ", "HIP error: ", "Triton Error [CUDA]: ")
+_HARMLESS = (
+    "out of memory",
+    "invalid argument",
+    "invalid configuration",
+    "too many resources",
+    "no kernel image",
+)
+"""Refusals of one call, after which the device works as before."""
+
+
+def is_lost(error: Exception) -> bool:
+    """Whether an error (an illegal access, an uncorrectable ECC error, a device off the bus) has ended this process's
+    context on the device, so that nothing will run there until the process is begun anew. Running out of memory has not.
+
+    Torch before 2.8 raises RuntimeError for it, and so does Triton; cuBLAS's own errors (CUBLAS_STATUS_...) are not taken
+    for it: where the context is lost, the next step says so.
+    """
+    if isinstance(error, torch.OutOfMemoryError) or not isinstance(error, RuntimeError):
+        return False
+    text = str(error)
+    if any(harmless in text.partition("\n")[0] for harmless in _HARMLESS) or "CUBLAS_STATUS_" in text:
+        return False
+    accelerator: type[Exception] | None = getattr(torch, "AcceleratorError", None)
+    return (accelerator is not None and isinstance(error, accelerator)) or text.startswith(_LOST)

@@ -5,14 +5,19 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from typer.testing import CliRunner
 
+import pagemill.engine
 from pagemill import Engine, Fleet, SamplingParams
 from pagemill.cli import app
 from pagemill.errors import ConfigError, DeviceError, RequestError
@@ -30,6 +35,17 @@ def kill_if_poisoned(rgb):
     """What a page does that a driver or a decoder dies of: a classical engine called by `draft_text`."""
     if (rgb[0, 0] == POISON).all():
         os.kill(os.getpid(), signal.SIGKILL)
+    return ""
+
+
+def lose_the_device_once(rgb):
+    """Give the engine of the first process that comes here a device that is lost in its next step."""
+    marker = Path(tempfile.gettempdir()) / f"pagemill-lost-{os.getppid()}"
+    with suppress(FileExistsError):
+        marker.touch(exist_ok=False)
+        (engine,) = pagemill.engine._open_engines
+        error = getattr(torch, "AcceleratorError", RuntimeError)("CUDA error: an illegal memory access")
+        engine.core.runner.execute = Mock(side_effect=error)
     return ""
 
 
@@ -140,6 +156,20 @@ def test_killed_worker_costs_no_page_and_is_begun_anew(fleet, expected):
     assert texts(found) == expected
     wait_until(lambda: victim.ready and victim.pid not in before)
     assert len(set(before) & set(pids(fleet))) == 1
+
+
+def test_worker_that_loses_its_device_is_begun_anew(fleet, expected):
+    before = pids(fleet)
+    marker = Path(tempfile.gettempdir()) / f"pagemill-lost-{os.getpid()}"
+    try:
+        found = list(fleet.read(SAMPLES, draft_text=lose_the_device_once, params=SOME))
+        assert marker.exists()
+    finally:
+        marker.unlink(missing_ok=True)
+    assert texts(found) == [row for row in expected if row[0] in SAMPLES]
+    wait_until(lambda: all(worker.ready for worker in fleet._workers))
+    assert len(set(before) & set(pids(fleet))) == 1
+    assert any("illegal memory access" in worker.failure for worker in fleet._workers)
 
 
 def test_page_that_kills_its_process_becomes_an_error_and_the_others_are_read(fleet, expected, tmp_path):
