@@ -15,17 +15,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from typer.testing import CliRunner
 
 from pagemill import Engine, Request, SamplingParams
+from pagemill.cli import app
 from pagemill.decode.guidance import Guide, Regex
 from pagemill.decode.loops import Loop
-from pagemill.errors import CheckpointError, ConfigError, KernelUnavailable, RequestError
+from pagemill.errors import CheckpointError, ConfigError, DeviceError, KernelUnavailable, RequestError
+from pagemill.gpu import is_lost
 from pagemill.pages.fit import FitOptions, fit_page
 from pagemill.pages.ink import plausible_output_chars
 from pagemill.pages.preprocess import PreparedImage
 from pagemill.pages.source import list_pages
+from pagemill.runner import Runner
 
 PAGES = Path(__file__).parents[1] / "bench" / "pages"
 
@@ -434,6 +438,91 @@ def test_a_failing_step_ends_its_pages_and_not_the_engine():
         assert is_idle(engine)
 
 
+ILLEGAL = getattr(torch, "AcceleratorError", RuntimeError)(
+    "CUDA error: an illegal memory access was encountered\nCUDA kernel errors might be reported later"
+)
+
+
+@pytest.mark.parametrize(
+    ("error", "lost"),
+    [
+        (ILLEGAL, True),
+        (RuntimeError("CUDA error: uncorrectable ECC error encountered"), True),
+        (RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered"), True),
+        (type(ILLEGAL)("CUDA error: out of memory\nCUDA kernel errors might be reported later"), False),
+        (type(ILLEGAL)("CUDA error: invalid argument"), False),
+        (torch.OutOfMemoryError("CUDA out of memory"), False),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), False),
+        (RuntimeError("shapes do not match"), False),
+        (MemoryError("out of memory"), False),
+    ],
+)
+def test_which_errors_lose_the_device(error, lost):
+    assert is_lost(error) is lost
+
+
+def test_a_lost_device_ends_the_engine_and_no_page_is_called_failed():
+    files = sorted(reference())[:6]
+    short = SamplingParams(max_new_tokens=9)
+    with Engine.from_pretrained("pagemill-tiny", max_num_seqs=2, prepare_threads=1) as engine:
+        execute, calls = engine.core.runner.execute, []
+        (whole,) = engine.read(files[:1], params=short)
+
+        def lose(plan):
+            calls.append(plan)
+            if len(calls) >= 12:
+                raise ILLEGAL
+            return execute(plan)
+
+        engine.core.runner.execute = lose
+        found = []
+        with pytest.raises(DeviceError, match=r"illegal memory access.*begin it anew") as lost:
+            found.extend(engine.read([files[0], files[0], *files], params=short))
+        assert len(calls) == 12, "nothing more was asked of a device that is lost"
+        assert found
+        assert {page.status for page in found} <= {"ok", "truncated"}
+        assert found[0].raw == whole.raw
+        with pytest.raises(DeviceError) as again:
+            list(engine.read(files, params=short))
+        assert str(again.value) == str(lost.value)
+        with pytest.raises(DeviceError):
+            list(engine.generate([Request("a")]))
+        with pytest.raises(DeviceError):
+            list(engine.score(files[:1], ["a"]))
+
+        async def stream():
+            return [output async for output in engine.stream(Request("a"))]
+
+        with pytest.raises(DeviceError):
+            asyncio.run(stream())
+
+
+def test_a_command_whose_device_is_lost_is_resumed(tmp_path, monkeypatch):
+    files = sorted(reference())[:5]
+    output = tmp_path / "out.jsonl"
+    command = ["read", *files, "-o", str(output), "--concurrency", "1", "--max-new-tokens", "40"]
+    execute, calls = Runner.execute, []
+
+    def lose(self, plan):
+        calls.append(plan)
+        if len(calls) >= 40:
+            raise ILLEGAL
+        return execute(self, plan)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Runner, "execute", lose)
+        done = CliRunner().invoke(app, command)
+    assert done.exit_code == 2
+    assert "illegal memory access" in done.output
+    assert "--resume" in done.output
+    first = [json.loads(line) for line in output.read_text().splitlines()]
+    assert 0 < len(first) < len(files)
+    assert CliRunner().invoke(app, [*command, "--resume"]).exit_code == 0
+    records = [json.loads(line) for line in output.read_text().splitlines()]
+    assert sorted(record["source"] for record in records) == files
+    assert "error" not in {record["status"] for record in first + records}
+
+
 def test_reference_kernels_read_the_same(engine):
     file = sorted(reference())[0]
     with Engine.from_pretrained("pagemill-tiny", kernels="reference", dtype="float32") as other:
@@ -491,7 +580,6 @@ def test_the_kv_budget_is_what_is_allocated(dtype):
     ids=str,
 )
 def test_impossible_options(options, error, expected):
-    import torch
 
     if options.get("device") == "cuda" and torch.cuda.is_available():
         pytest.skip("this machine has a CUDA device")
