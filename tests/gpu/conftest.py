@@ -17,9 +17,18 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 ON_GPU = torch.cuda.is_available() and not INTERPRETED
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 collect_ignore_glob = [] if INTERPRETED or ON_GPU else ["test_*.py"]
-HAS_FP8 = not ON_GPU or torch.version.hip is not None or torch.cuda.get_device_capability() >= (8, 9)
-"""Triton compiles no float8_e4m3fn for older cards."""
 _DTYPES = {"f32": torch.float32, "f16": torch.float16} | ({"bf16": torch.bfloat16} if ON_GPU else {})
+
+CAPABILITY = torch.cuda.get_device_capability() if ON_GPU and torch.version.hip is None else None
+needs_fp8 = pytest.mark.skipif(
+    CAPABILITY is not None and CAPABILITY < (8, 9),
+    reason=f"fp8 needs compute capability 8.9; this device has {CAPABILITY}",
+)
+KEPT = [
+    pytest.param(torch.int8, id="int8"),
+    pytest.param(torch.float8_e4m3fn, id="fp8", marks=needs_fp8),
+]
+"""What quantised keys and values are stored as."""
 
 
 @pytest.fixture(autouse=True)
@@ -28,12 +37,6 @@ def _tensors() -> Iterator[None]:
     torch.manual_seed(0)
     with DEVICE if ON_GPU else nullcontext():
         yield
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if not HAS_FP8 and ("fp8" in item.name or "float8" in item.name) and "test_tune" not in item.nodeid:
-            item.add_marker(pytest.mark.skip(reason="fp8 needs compute capability 8.9"))
 
 
 @pytest.fixture

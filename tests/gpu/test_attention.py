@@ -5,7 +5,7 @@ import torch
 
 from pagemill.kernels.gpu.attention import paged_attention, varlen_attention
 from pagemill.kernels.gpu.configs import AttentionTile as Tile
-from tests.gpu.conftest import bound, error
+from tests.gpu.conftest import KEPT, bound, error
 from tests.gpu.reference import Batch, attend
 
 CONTEXTS = [1, 5, 31, 32, 33, 64, 65, 130, 17, 0]
@@ -33,7 +33,7 @@ def test_paged_matches_float64(
     assert error(found, batch.expected(scale)) < bound(dtype)
 
 
-@pytest.mark.parametrize("kept", [torch.int8, torch.float8_e4m3fn], ids=["int8", "fp8"])
+@pytest.mark.parametrize("kept", KEPT)
 @pytest.mark.parametrize("splits", [1, 4])
 def test_paged_over_a_quantised_cache(dtype: torch.dtype, splits: int, kept: torch.dtype) -> None:
     batch = Batch(CONTEXTS, COUNTS, 8, 2, 64, 16, dtype)

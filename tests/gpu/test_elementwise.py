@@ -9,7 +9,7 @@ from pagemill.kernels import rotary as cpu_rotary
 from pagemill.kernels import sampling as cpu_sampling
 from pagemill.kernels.attention import QUANTISED_KV
 from pagemill.kernels.gpu import activation, embed, norm, rotary, sampling
-from tests.gpu.conftest import HAS_FP8
+from tests.gpu.conftest import KEPT
 
 
 def close(found: torch.Tensor, wanted: torch.Tensor) -> None:
@@ -61,21 +61,33 @@ def test_rotary_with_the_cache(
     close(q, cpu_rotary.rotary_cache_reference(qkv.clone(), cos, sin, slots, k_cpu, v_cpu, heads, kv_heads))
     close(k, k_cpu.transpose(2, 3))
     assert torch.equal(v, v_cpu)
-    for kept, largest in QUANTISED_KV.items():
-        if kept != torch.int8 and not HAS_FP8:
-            continue
-        codes = [torch.zeros(shape, dtype=kept) for _ in range(2)]
-        scales = [torch.zeros(shape[:3]) for _ in range(2)]
-        rotary.rotary_cache(qkv.clone(), cos, sin, slots, *codes, heads, kv_heads, *scales)
-        for code, scale, whole in zip(codes, scales, (k.double(), v.double()), strict=True):
-            written = scale > 0
-            assert written.sum() == 3 * kv_heads
-            scale, whole, found = scale[written][:, None].double(), whole[written], code[written].double()
-            torch.testing.assert_close(scale, whole.abs().amax(-1, keepdim=True) / largest)
-            # int8: half a code; fp8: half of the last of its four bits, at least of the smallest number's
-            half = 0.5 if kept == torch.int8 else (found.abs() / 16).clamp_min(2.0**-10)
-            assert ((found - whole / scale).abs() <= half * 1.001).all()
-            assert not code.float()[~written].any()
+
+
+@pytest.mark.parametrize("kept", KEPT)
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim", "block"), [(4, 2, 32, 16), (7, 1, 128, 4), (2, 2, 16, 1)]
+)
+def test_rotary_with_a_quantised_cache(
+    heads: int, kv_heads: int, head_dim: int, block: int, kept: torch.dtype, dtype: torch.dtype
+) -> None:
+    slots = torch.tensor([5, -1, 0, 3])
+    qkv = torch.randn(len(slots), (heads + 2 * kv_heads) * head_dim, dtype=dtype)
+    cos, sin = torch.randn(2, len(slots), head_dim // 2).unbind(0)
+    shape = (6, kv_heads, block, head_dim)
+    k, v = (torch.full(shape, 7.0, dtype=dtype) for _ in range(2))
+    rotary.rotary_cache(qkv.clone(), cos, sin, slots, k, v, heads, kv_heads)
+    codes = [torch.zeros(shape, dtype=kept) for _ in range(2)]
+    scales = [torch.zeros(shape[:3]) for _ in range(2)]
+    rotary.rotary_cache(qkv.clone(), cos, sin, slots, *codes, heads, kv_heads, *scales)
+    for code, scale, whole in zip(codes, scales, (k.double(), v.double()), strict=True):
+        written = scale > 0
+        assert written.sum() == 3 * kv_heads
+        scale, whole, found = scale[written][:, None].double(), whole[written], code[written].double()
+        torch.testing.assert_close(scale, whole.abs().amax(-1, keepdim=True) / QUANTISED_KV[kept])
+        # int8: half a code; fp8: half of the last of its four bits, at least of the smallest number's
+        half = 0.5 if kept == torch.int8 else (found.abs() / 16).clamp_min(2.0**-10)
+        assert ((found - whole / scale).abs() <= half * 1.001).all()
+        assert not code.float()[~written].any()
 
 
 def test_activations(dtype: torch.dtype) -> None:

@@ -4,7 +4,7 @@ from torch import Tensor
 
 from pagemill.kernels.gpu.configs import MatmulTile
 from pagemill.kernels.gpu.linear import linear, pack_int4, pack_plain, pack_scaled, quantize
-from tests.gpu.conftest import bound, error
+from tests.gpu.conftest import bound, error, needs_fp8
 from tests.gpu.reference import product
 
 SHAPES = [(1, 64, 128, 1), (5, 70, 100, 1), (33, 130, 200, 3), (17, 33, 855, 4), (16, 32, 64, 2)]
@@ -71,6 +71,7 @@ def test_quantize() -> None:
     torch.testing.assert_close(codes[:2, :70].float(), (x[:2] / scale[:2, None]).round())
 
 
+@needs_fp8
 def test_quantize_to_fp8() -> None:
     """A row whose largest is 448 keeps its scale of 1: its codes are those of torch's conversion, to nearest, ties to even."""
     every = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()

@@ -12,7 +12,7 @@ from torch import Tensor
 from pagemill import Engine, SamplingParams
 from pagemill.errors import KernelUnavailable
 from pagemill.kernels import QUANTISED_KV, Kernels, Scheme, kv_scale_shape, select
-from tests.gpu.conftest import DEVICE, ON_GPU
+from tests.gpu.conftest import DEVICE, ON_GPU, needs_fp8
 
 PAGE = Path(__file__).parents[2] / "bench" / "pages" / "form_24.png"
 
@@ -99,8 +99,11 @@ def test_angles_and_pixels(triton: Kernels, reference: Kernels) -> None:
 
 @pytest.mark.parametrize(
     ("dtype", "bound"),
-    [(torch.float32, 1e-6), (torch.int8, 0.01), (torch.float8_e4m3fn, 0.01)],
-    ids=["f32", "int8", "fp8"],
+    [
+        (torch.float32, 1e-6),
+        (torch.int8, 0.01),
+        pytest.param(torch.float8_e4m3fn, 0.01, marks=needs_fp8),
+    ],
 )
 def test_attention_over_the_cache_that_it_wrote(
     triton: Kernels, reference: Kernels, dtype: torch.dtype, bound: float
@@ -153,6 +156,7 @@ def test_a_page_is_read_as_with_the_reference(tmp_path: Path) -> None:
     assert texts[0][1] is None
 
 
+@needs_fp8
 def test_requests_with_fp8_keys_and_values_are_read_as_with_the_reference(tmp_path: Path) -> None:
     """Prompts with images of a random model: prefilled in chunks, decoded together, beginnings shared."""
     requests = [Ask((3, IMAGE, 1, 2, 4), (3,), 5), Ask((3, IMAGE, 1, 2, 5), (3,), 3), Ask((5, 1), (), 4)]
