@@ -420,7 +420,12 @@ sizes of Qwen2.5-VL-3B, as its launcher would start it on a card of the target (
 
 Loads of 8 bytes are taken in two places. int8 and fp8 keys: Triton lays such an operand out 8 elements wide before it is
 converted. int4 weights with more than 64 rows on sm_90 and sm_100, for the same reason; there arithmetic bounds them and not
-memory."""
+memory. gfx942 has sm_80's tiles with fewer stages, and none chosen for it: it is shown, and not gated.
+
+The last rows of each target are textbook kernels (`bench/tutorial_kernels.py`), compiled in the same run: a product, dense
+attention. The project's own do more (packed rows, scales, a ragged batch over a block table) with about as many registers, no more
+shared memory, and as many other instructions for each of the tensor cores, give or take a fifth; where a textbook kernel
+spills, they do not."""
 
 
 def main() -> None:

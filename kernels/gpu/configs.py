@@ -117,7 +117,7 @@ _HOPPER_FP8 = (_HOPPER_BYTE[0], *_tiles((32, 32, 128, 4, 4)), *_HOPPER_BYTE[2:])
 _HOPPER_BYTE_GATED = (*_BYTE_GATED[:-1], *_tiles((128, 64, 128, 8, 4), (128, 128, 128, 8, 3)))
 
 _AMPERE = {
-    ("plain", False): _PLAIN, ("plain", True): _PLAIN_GATED,
+    ("plain", False): (*_PLAIN, *_tiles((128, 256, 64, 8, 3))), ("plain", True): _PLAIN_GATED,
     ("int8", False): _TWO_BYTE, ("int8", True): _BYTE_GATED,
     ("fp8", False): _TWO_BYTE, ("fp8", True): _BYTE_GATED,
     ("int4", False): _INT4, ("int4", True): _INT4_GATED,
@@ -156,8 +156,8 @@ PAGED_QUANTISED: Mapping[int, tuple[AttentionTile, AttentionTile]] = {
     **PAGED,
     80: (AttentionTile(16, 64, 4, 3), AttentionTile(128, 32, 8, 3)),
     89: (AttentionTile(16, 64, 4, 3), AttentionTile(128, 32, 8, 3)),
-    90: (AttentionTile(16, 64, 4, 2), AttentionTile(128, 64, 8, 3)),
-    100: (AttentionTile(16, 64, 4, 2), AttentionTile(128, 64, 8, 3)),
+    90: (AttentionTile(16, 128, 4, 3), AttentionTile(128, 64, 8, 3)),
+    100: (AttentionTile(16, 128, 4, 3), AttentionTile(128, 64, 8, 3)),
 }
 """The same over int8 and fp8, whose conversion takes registers."""
 
