@@ -423,8 +423,8 @@ converted. int4 weights with more than 64 rows on sm_90 and sm_100, for the same
 memory. gfx942 has sm_80's tiles with fewer stages, and none chosen for it: it is shown, and not gated.
 
 The last rows of each target are textbook kernels (`bench/tutorial_kernels.py`), compiled in the same run: a product, dense
-attention. The project's own do more (packed rows, scales, a ragged batch over a block table) with about as many registers, no more
-shared memory, and as many other instructions for each of the tensor cores, give or take a fifth; where a textbook kernel
+attention. The project's own do more (packed rows, scales, a ragged batch over a block table) with about as many registers, no
+more shared memory, and as many other instructions for each of the tensor cores, give or take a fifth; where a textbook kernel
 spills, they do not."""
 
 
