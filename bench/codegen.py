@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -355,38 +355,63 @@ _SHORT = {
     "matrix": "mma", "global load": "ldg", "shared and tensor memory": "smem", "float": "float", "convert": "cvt",
     "integer and address": "int", "control": "ctl", "global store": "stg", "spill": "spill",
 }  # fmt: skip
-_COLUMNS = (
-    "case", "kernel", "tile", "regs", "spills", "shared KiB", "occupancy", "matrix", "weights: loads x bytes", "others", "async",
-    "per matrix op", "inner loop",
-)  # fmt: skip
+_CODE = ("regs", "spills", "shared KiB", "occupancy", "matrix", "weights: loads x bytes", "per matrix op")
+_SMALL = ("finish_kernel", "merge_kernel", "quantize_kernel")
+
+
+def _code(f: Figures) -> list[str]:
+    multiply = f.kernel in _MULTIPLY
+    return [
+        str(f.registers), str(f.spills), f"{f.shared / 1024:.0f}", f"{100 * f.occupancy:.0f} %",
+        f.matrix if multiply else "", _sizes(f.widths.get("weights")) if multiply else "",
+        f"{f.per_matrix:.1f}" if f.per_matrix else "",
+    ]  # fmt: skip
+
+
+def _markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(line)} |" for line in [head, ["---"] * len(head), *lines])
 
 
 def table(rows: list[Row], target: Target) -> str:
     """The rows of one target in Markdown."""
-    head = [*_COLUMNS, *(f"{d} us" for d in target.devices), "faults"]
-    lines = [" | ".join(head), " | ".join("---" for _ in head)]
+    lines = []
     for row in rows:
         f = row.figures
         counts = sorted(f.loop.items(), key=lambda item: -item[1])
-        loop = ", ".join(f"{_SHORT[kind]} {count}" for kind, count in counts)
-        multiply = f.kernel in _MULTIPLY
         limits = [
-            "-"
-            if value is None or f.kernel in ("finish_kernel", "merge_kernel", "quantize_kernel")
-            else f"{value:.3g}"
-            for value in row.limits_us.values()
+            "-" if value is None or f.kernel in _SMALL else f"{value:.3g}" for value in row.limits_us.values()
         ]
-        lines.append(
-            " | ".join(
-                [
-                    row.case, f.kernel.removesuffix("_kernel"), row.launch, str(f.registers), str(f.spills),
-                    f"{f.shared / 1024:.0f}", f"{100 * f.occupancy:.0f} %", f.matrix if multiply else "",
-                    _sizes(f.widths.get("weights")) if multiply else "", _sizes(f.widths.get("other")), str(f.asynchronous),
-                    f"{f.per_matrix:.1f}" if f.per_matrix else "", loop, *limits, "; ".join(row.faults),
-                ]
-            )
-        )  # fmt: skip
-    return "\n".join(f"| {line} |" for line in lines)
+        lines.append([
+            row.case, f.kernel.removesuffix("_kernel"), row.launch, *_code(f), _sizes(f.widths.get("other")),
+            str(f.asynchronous), ", ".join(f"{_SHORT[kind]} {count}" for kind, count in counts), *limits,
+            "; ".join(row.faults),
+        ])  # fmt: skip
+    devices = [f"{device} us" for device in target.devices]
+    return _markdown(
+        ["case", "kernel", "tile", *_CODE, "others", "async", "inner loop", *devices, "faults"], lines
+    )
+
+
+_PAIRS = {
+    "out plain M=4096": "tutorial matmul M=4096",
+    "out plain M=16": "tutorial matmul M=16",
+    "out int8 M=4096": "tutorial matmul int8",
+    "prefill bf16 1 x 4096": "tutorial attention causal",
+    "vision images": "tutorial attention D=128 64x64",
+}
+"""Cases, and how the names of textbook kernels for the same begin."""
+
+
+def comparison(rows: list[Row]) -> str:
+    """The project's kernels beside the textbook's, target by target."""
+    lines = []
+    for target in TARGETS:
+        for ours, theirs in _PAIRS.items():
+            for row in rows:
+                same = row.case == ours or row.case.startswith(theirs)
+                if row.target == target and row.figures.kernel in _MULTIPLY and same:
+                    lines.append([target, row.case, row.launch, *_code(row.figures)])
+    return _markdown(["target", "case", "tile", *_CODE], lines)
 
 
 def report(rows: list[Row]) -> str:
@@ -397,6 +422,8 @@ def report(rows: list[Row]) -> str:
     parts.append(
         f"{len(rows)} launches, {kernels} different ones by name and tile, {len(bad)} with a fault (last column)."
     )
+    if beside := [row for row in rows if row.case.startswith(("tutorial", *_PAIRS))]:
+        parts += ["## Beside textbook kernels", _COMPARISON, comparison(beside)]
     for target in TARGETS.values():
         if found := [row for row in rows if row.target == target.name]:
             parts += [f"## {target.name} ({target.card.name})", table(found, target)]
@@ -420,12 +447,11 @@ sizes of Qwen2.5-VL-3B, as its launcher would start it on a card of the target (
 
 Loads of 8 bytes are taken in two places. int8 and fp8 keys: Triton lays such an operand out 8 elements wide before it is
 converted. int4 weights with more than 64 rows on sm_90 and sm_100, for the same reason; there arithmetic bounds them and not
-memory. gfx942 has sm_80's tiles with fewer stages, and none chosen for it: it is shown, and not gated.
+memory. gfx942 has sm_80's tiles with fewer stages, and none chosen for it: it is shown, and not gated."""
 
-The last rows of each target are textbook kernels (`bench/tutorial_kernels.py`), compiled in the same run: a product, dense
-attention. The project's own do more (packed rows, scales, a ragged batch over a block table) with about as many registers, no
-more shared memory, and as many other instructions for each of the tensor cores, give or take a fifth; where a textbook kernel
-spills, they do not."""
+_COMPARISON = """A matrix product and a dense fused attention in plain textbook form (`bench/tutorial_kernels.py`), compiled in
+the same run. The project's own do more: packed rows, scales, bias and residual, a ragged batch over a block table; and 64 + 16
+columns of head_dim 80, which the textbook's cannot do (it stands here with 128)."""
 
 
 def main() -> None:
