@@ -128,6 +128,7 @@ _HOPPER = _AMPERE | {
     ("fp8", False): _HOPPER_FP8, ("fp8", True): _HOPPER_BYTE_GATED,
     ("int4", False): _HOPPER_INT4, ("int4", True): _HOPPER_INT4_GATED,
 }  # fmt: skip
+_CDNA = _AMPERE | {("plain", False): _PLAIN}  # 64 KB of shared memory: no tile of 128 x 256
 _INTERPRETED = _tiles(
     (16, 256, 256, 4, 1), (64, 256, 256, 4, 1)
 )  # a program at a time: few of them, whatever their size
@@ -138,35 +139,27 @@ MATMUL: Mapping[int, Mapping[tuple[str, bool], tuple[MatmulTile, ...]]] = {
     89: _AMPERE,
     90: _HOPPER,
     100: _HOPPER,
-    # 64 KB of shared memory
-    AMD: {key: tuple(replace(tile, stages=2, parts=1) for tile in tiles) for key, tiles in _AMPERE.items()},
+    AMD: {key: tuple(replace(tile, stages=2, parts=1) for tile in tiles) for key, tiles in _CDNA.items()},
 }
 """By architecture, then by form and whether gate and up are multiplied at once: tiles from small to large."""
 
+_CUDA = (80, 89, 90, 100)
 PAGED: Mapping[int, tuple[AttentionTile, AttentionTile]] = {
     0: (AttentionTile(16, 64, 4, 1), AttentionTile(128, 64, 4, 1)),
-    80: (AttentionTile(16, 64, 4, 3), AttentionTile(128, 64, 8, 3)),
-    89: (AttentionTile(16, 64, 4, 3), AttentionTile(128, 64, 8, 3)),
-    90: (AttentionTile(16, 64, 4, 3), AttentionTile(128, 64, 8, 3)),
-    100: (AttentionTile(16, 64, 4, 3), AttentionTile(128, 64, 8, 3)),
+    **dict.fromkeys(_CUDA, (AttentionTile(16, 64, 4, 3), AttentionTile(128, 64, 8, 3))),
     AMD: (AttentionTile(16, 64, 4, 2), AttentionTile(128, 64, 8, 2)),
 }
 """By architecture: where every sequence has one token, and where some have more."""
 PAGED_QUANTISED: Mapping[int, tuple[AttentionTile, AttentionTile]] = {
     **PAGED,
-    80: (AttentionTile(16, 64, 4, 3), AttentionTile(128, 32, 8, 3)),
-    89: (AttentionTile(16, 64, 4, 3), AttentionTile(128, 32, 8, 3)),
-    90: (AttentionTile(16, 128, 4, 3), AttentionTile(128, 64, 8, 3)),
-    100: (AttentionTile(16, 128, 4, 3), AttentionTile(128, 64, 8, 3)),
+    **dict.fromkeys((80, 89), (AttentionTile(16, 64, 4, 3), AttentionTile(128, 32, 8, 3))),
+    **dict.fromkeys((90, 100), (AttentionTile(16, 128, 4, 3), AttentionTile(128, 64, 8, 3))),
 }
 """The same over int8 and fp8, whose conversion takes registers."""
 
 VARLEN: Mapping[int, tuple[AttentionTile, AttentionTile]] = {
     0: (AttentionTile(64, 64, 4, 1), AttentionTile(64, 64, 4, 1)),
-    80: (AttentionTile(64, 64, 4, 3), AttentionTile(64, 64, 4, 3)),
-    89: (AttentionTile(64, 64, 4, 3), AttentionTile(64, 64, 4, 3)),
-    90: (AttentionTile(64, 64, 4, 3), AttentionTile(64, 64, 4, 3)),
-    100: (AttentionTile(64, 64, 4, 3), AttentionTile(64, 64, 4, 3)),
+    **dict.fromkeys(_CUDA, (AttentionTile(64, 64, 4, 3), AttentionTile(64, 64, 4, 3))),
     AMD: (AttentionTile(64, 64, 4, 2), AttentionTile(64, 64, 4, 2)),
 }
 """By architecture: windows (segments of 64 rows or fewer on average), and whole images."""
