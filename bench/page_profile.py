@@ -67,7 +67,7 @@ class Clock:
         return taken
 
 
-_NO_OPS = ("pack_linear", "quantised_kv", "implementations")
+_NO_OPS = ("pack_linear", "quantised_kv", "implementations", "capturable")
 _OPS = [f.name for f in dataclasses.fields(Kernels) if f.name not in _NO_OPS]
 
 

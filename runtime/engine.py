@@ -837,9 +837,8 @@ class Engine:
         except Exception as error:
             # The running sequences cannot be trusted any more; the engine can, once they have given back what they held.
             reason = f"the engine failed on this batch: {sentence(error)}"
-            if is_lost(
-                error
-            ):  # nothing of this process will run there again: every page would fail, so that none is begun
+            if is_lost(error):
+                # Nothing of this process will run there again: every page would fail, so that none is begun.
                 device = "the device" if self.core.gpu is None else self.core.gpu.device
                 self._lost = reason = (
                     f"{device} is lost to this process ({sentence(error)}); "
@@ -853,9 +852,8 @@ class Engine:
                 self._end(seq, None)
             advanced = finished = []
             failed = True
-        if (
-            failed and self.core.gpu is not None
-        ):  # now that the error is gone, which held what it was raised over
+        if failed and self.core.gpu is not None:
+            # Now that the error is gone, which held what it was raised over.
             with suppress(Exception):
                 self.core.gpu.tidy()
         for seq in advanced:

@@ -106,9 +106,8 @@ class Runner:
         """Of the last step: before its images, after them, after the decoder."""
         self._encode_tokens = _CPU_ENCODE_TOKENS if device.type == "cpu" else 1 << 30
         self._max_model_len = max_model_len
-        if (
-            gpu is not None
-        ):  # tables of angles are whole from the start: a graph needs them to stay where they are
+        if gpu is not None:
+            # Tables of angles are whole from the start: a graph needs them to stay where they are.
             model.decoder.rope.tables(max_model_len - 1)
         self._block_tables = np.zeros((max_num_seqs, -(-max_model_len // block_size)), dtype=np.int32)
         self._staging = None if gpu is None else Staging(gpu)

@@ -80,7 +80,7 @@ def attention_candidates(card: Card, kind: str) -> list[AttentionTile]:
     if kind in ("decode", "prefill"):
         chosen = configs.paged(card, decoding=kind == "decode")
     else:
-        chosen = configs.varlen(card, 64 if kind == "windows" else 65, 1)
+        chosen = configs.VARLEN[card.arch][kind == "images"]
     rows = (16, 32) if kind == "decode" else (64, 128)
     tiles = (
         AttentionTile(r, keys, warps, stages)

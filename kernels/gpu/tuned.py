@@ -65,9 +65,13 @@ class Tuned:
     """Rows of x from which on int8 takes less time than int4; None: it was not measured."""
 
 
+def _measured(card: Card) -> Tuned | None:
+    return load(card.name) if card.arch else None  # the interpreter has no architecture
+
+
 def matmul(card: Card, form: str, gated: bool, m: int, n: int, k: int) -> MatmulTile:
     """`configs.matmul`, or what was fastest for this product and about so many rows."""
-    found = load(card.name) if card.arch else None
+    found = _measured(card)
     if found is None or not (tiles := found.matmul.get(Product(form, gated, n, k))):
         return configs.matmul(card, form, gated, m, n, k)
     return next((tile for most, tile in tiles if m <= most), tiles[-1][1])
@@ -75,21 +79,21 @@ def matmul(card: Card, form: str, gated: bool, m: int, n: int, k: int) -> Matmul
 
 def paged(card: Card, *, decoding: bool, quantised: bool = False) -> AttentionTile:
     """`configs.paged`, or what was fastest over bfloat16."""
-    found = load(card.name) if card.arch and not quantised else None
+    found = None if quantised else _measured(card)
     tile = found.attention.get("decode" if decoding else "prefill") if found else None
     return tile or configs.paged(card, decoding=decoding, quantised=quantised)
 
 
 def varlen(card: Card, rows: int, segments: int) -> AttentionTile:
     """`configs.varlen`, or what was fastest."""
-    found = load(card.name) if card.arch else None
+    found = _measured(card)
     tile = found.attention.get("windows" if rows <= 64 * segments else "images") if found else None
     return tile or configs.varlen(card, rows, segments)
 
 
 def wide_rows(card: Card) -> int:
     """`configs.wide_rows`, or what was measured."""
-    found = load(card.name) if card.arch else None
+    found = _measured(card)
     return (found and found.wide_rows) or configs.wide_rows(card)
 
 

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from pagemill.kernels.gpu import attention, ops
+from tests.attend import attend
 from tests.emulator.conftest import BF16, assert_within
 from tests.emulator.launch import Launch, emulated
-from tests.gpu.reference import Batch, attend
+from tests.gpu.reference import Batch
 
 FP8 = torch.float8_e4m3fn
 CACHES = [torch.bfloat16, torch.int8, FP8]

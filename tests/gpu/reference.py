@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pagemill.kernels.gpu import attention
 from pagemill.kernels.gpu.configs import AttentionTile as Tile
+from tests.attend import attend
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, gated: bool) -> Tensor:
@@ -20,19 +21,6 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | N
         gate, up = y.chunk(2, -1)
         y = F.silu(gate) * up
     return y + (0 if residual is None else residual.double())
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> Tensor:
-    """Softmax attention, head by head: q `[Q, Hq, D]` are the last tokens of k, v `[K, Hk, D]`."""
-    group = q.shape[1] // k.shape[1]
-    out = torch.empty(q.shape, dtype=torch.float64)
-    position = torch.arange(len(k))
-    for h in range(q.shape[1]):
-        score = q[:, h].double() @ k[:, h // group].double().T * scale
-        if causal:
-            score[position > position[len(k) - len(q) :, None]] = -torch.inf
-        out[:, h] = score.softmax(-1) @ v[:, h // group].double()
-    return out
 
 
 class Batch:

@@ -5,8 +5,9 @@ import torch
 
 from pagemill.kernels.gpu.attention import paged_attention, varlen_attention
 from pagemill.kernels.gpu.configs import AttentionTile as Tile
+from tests.attend import attend
 from tests.gpu.conftest import KEPT, bound, error
-from tests.gpu.reference import Batch, attend
+from tests.gpu.reference import Batch
 
 CONTEXTS = [1, 5, 31, 32, 33, 64, 65, 130, 17, 0]
 COUNTS = [1, 5, 1, 32, 2, 64, 13, 1, 0, 0]

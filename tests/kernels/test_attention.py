@@ -4,20 +4,8 @@ from torch import Tensor
 
 import pagemill._native as _native
 from pagemill.kernels import Kernels
+from tests.attend import attend
 from tests.kernels.conftest import Cache, assert_close, fill_int8, quantised, starts
-
-
-def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> Tensor:
-    """float64 softmax attention, head by head: q `[Q, Hq, D]` are the last tokens of k, v `[K, Hk, D]`."""
-    group = q.shape[1] // k.shape[1]
-    out = torch.empty(q.shape, dtype=torch.float64)
-    position = torch.arange(len(k))
-    for h in range(q.shape[1]):
-        score = q[:, h].double() @ k[:, h // group].double().T * scale
-        if causal:
-            score[position > position[len(k) - len(q) :, None]] = -torch.inf
-        out[:, h] = score.softmax(-1) @ v[:, h // group].double()
-    return out
 
 
 def _batch(
@@ -52,7 +40,7 @@ def test_paged_matches_float64(
     found = kernels.paged_attention(q, cache.k, cache.v, cache.tables, at, cache.lens, scale)
     assert found.dtype == dtype
     rows = q.split(counts)
-    wanted = [_attend(*args, scale, True) for args in zip(rows, keys, values, strict=True)]
+    wanted = [attend(*args, scale, True) for args in zip(rows, keys, values, strict=True)]
     assert_close(found, torch.cat(wanted), size=5, roundings=3)
 
 
@@ -61,7 +49,7 @@ def test_paged_takes_a_view_of_qkv_and_no_rows(kernels: Kernels, dtype: torch.dt
     cache = Cache.fill(keys, values, 16)
     q = qkv[:, :4]
     found = kernels.paged_attention(q, cache.k, cache.v, cache.tables, starts([3]), cache.lens, 0.25)
-    assert_close(found, _attend(q, keys[0], values[0], 0.25, True), size=5, roundings=3)
+    assert_close(found, attend(q, keys[0], values[0], 0.25, True), size=5, roundings=3)
     nothing = kernels.paged_attention(q[:0], cache.k, cache.v, cache.tables, starts([0]), cache.lens, 0.25)
     assert nothing.shape == (0, 4, 16)
 
@@ -71,7 +59,7 @@ def test_paged_large_scores_do_not_overflow(kernels: Kernels, dtype: torch.dtype
     q *= 100
     cache = Cache.fill(keys, values, 32)
     found = kernels.paged_attention(q, cache.k, cache.v, cache.tables, starts([20]), cache.lens, 1.0)
-    wanted = _attend(q, keys[0], values[0], 1.0, True)
+    wanted = attend(q, keys[0], values[0], 1.0, True)
     assert found.isfinite().all()
     # Scores of ~500 carry an absolute error of ~1e-4, and the reference rounds what it accumulates.
     torch.testing.assert_close(found.double(), wanted, rtol=0.02, atol=5e-3)
@@ -118,7 +106,7 @@ def test_paged_over_ranges_of_keys_matches_float64(
     keys[2][:1024] *= 3  # each range has a maximum of its own
     cache, scale = Cache.fill(keys, values, block_size), head_dim**-0.5
     found = kernels.paged_attention(q, cache.k, cache.v, cache.tables, starts(counts), cache.lens, scale)
-    wanted = [_attend(*args, scale, True) for args in zip(q.split(counts), keys, values, strict=True)]
+    wanted = [attend(*args, scale, True) for args in zip(q.split(counts), keys, values, strict=True)]
     assert_close(found, torch.cat(wanted), size=5, roundings=3)
 
 
@@ -162,7 +150,7 @@ def test_paged_int8_matches_float64(
     args = q, cache.k, cache.v, cache.tables, at, cache.lens, scale, cache.k_scale, cache.v_scale
     found = kernels.paged_attention(*args)
     rows = zip(q.split(counts), keys, values, strict=True)
-    wanted = [_attend(r, _restored(k), _restored(v), scale, True) for r, k, v in rows]
+    wanted = [attend(r, _restored(k), _restored(v), scale, True) for r, k, v in rows]
     assert found.dtype == dtype
     assert_close(found, torch.cat(wanted), size=8, roundings=3)
 
@@ -203,7 +191,7 @@ def test_varlen_matches_float64(kernels: Kernels, dtype: torch.dtype, head_dim: 
     q, k, v = qkv.unbind(1)
     found = kernels.varlen_attention(q, k, v, starts(counts), head_dim**-0.5)
     parts = zip(q.split(counts), k.split(counts), v.split(counts), strict=True)
-    wanted = torch.cat([_attend(*args, head_dim**-0.5, False) for args in parts])
+    wanted = torch.cat([attend(*args, head_dim**-0.5, False) for args in parts])
     assert found.dtype == dtype
     assert_close(found, wanted, size=5, roundings=3)
 
