@@ -55,12 +55,12 @@ def measure(num_seqs: int, steps: int, block_size: int) -> dict[str, list[float]
         t0 = time.perf_counter()
         plan = scheduler.schedule()
         t1 = time.perf_counter()
-        decoding = len(plan.work) == num_seqs and all(n == 1 for _, n in plan.work)
+        decoding = len(plan.work) == num_seqs and all(work.num_tokens == 1 for work in plan.work)
         if decoding:
             t2 = time.perf_counter()
             runner._lay_out(plan)
             seconds["layout"].append(time.perf_counter() - t2)
-        last = sum(seq.num_computed + n == len(seq.token_ids) for seq, n in plan.work)
+        last = sum(work.drafted >= 0 for work in plan.work)
         tokens, logprobs = [[5]] * last, [[0.0]] * last
         t3 = time.perf_counter()
         scheduler.update(plan, tokens, logprobs)

@@ -56,6 +56,9 @@ class EngineConfig:
     scaled by itself. fp8 needs the Triton kernels and a GPU of compute capability 8.9 or newer."""
     cuda_graphs: bool = True
     """On a GPU: record the steps that only decode when the engine starts, so that each is one call."""
+    overlap: bool = True
+    """On a GPU: plan and launch a step while it computes the one before, and encode images of waiting pages beside steps that
+    decode. Steps with drafts are planned when the tokens before are known."""
     prefix_sharing: bool = True
     """Share the KV blocks of equal prompt beginnings."""
     prepare_threads: int = min(4, os.cpu_count() or 1)

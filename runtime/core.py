@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
+from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -27,18 +28,18 @@ from pagemill.decode.drafts import DraftBudget, Drafter, DraftIndex
 from pagemill.decode.guidance import GuideFactory, PageFormat
 from pagemill.decode.loops import LoopDetector, token_pieces
 from pagemill.decode.page import is_degenerate, is_json_object, parse_page
-from pagemill.decode.sampler import SamplingParams, Want, sample
+from pagemill.decode.sampler import SamplingParams, Want, choose, sample
 from pagemill.decode.verdict import Attempt, best_attempt, confidence, num_printed, text_mismatch
 from pagemill.errors import ConfigError, RequestError, sentence
-from pagemill.gpu import Gpu, gpu_of
+from pagemill.gpu import Gpu, gpu_of, to_device
 from pagemill.memory import free_memory, gigabytes, spending
 from pagemill.model.loader import Model
 from pagemill.model.prompt import Prompter
 from pagemill.model.rope import mrope_positions
 from pagemill.pages.preprocess import PreparedImage
 from pagemill.results import FinishReason
-from pagemill.runner import Runner, block_bytes
-from pagemill.scheduler import Scheduler, StepPlan
+from pagemill.runner import Embeddings, Runner, block_bytes
+from pagemill.scheduler import Scheduler, StepPlan, Work
 from pagemill.sequence import FinishedAttempt, PageTask, Sequence, SequenceImage, Timeline
 from pagemill.stats import EngineStats
 
@@ -63,6 +64,32 @@ class TokenizedPrompt:
     images: list[SequenceImage]
 
 
+_Tokens = tuple[list[list[int]], list[list[float]]]
+"""What `sample` returns: of each of a step's sequences, new tokens and their log-probabilities."""
+
+
+@dataclass
+class _Flight:
+    """A step that was given to the device."""
+
+    plan: StepPlan
+    wanting: list[Work]
+    """Its rows of logits, in order."""
+    drafts: list[list[int]]
+    logits: Tensor
+    masks: Future[npt.NDArray[np.int32]] | None
+    started: float
+    """When it was planned, or, if that was ahead, when the tokens before it were known; and this thread's own time."""
+    clock: float
+    early: bool
+    """Whether it was planned ahead."""
+
+    @property
+    def simple(self) -> bool:
+        """Whether each sequence gets one token, and all tokens are to be chosen."""
+        return not any(self.drafts) and all(work.seq.control.reference is None for work in self.wanting)
+
+
 class EngineCore:
     """Scheduler, cache and runner of one model on one device."""
 
@@ -82,7 +109,7 @@ class EngineCore:
             raise ConfigError(
                 f"max_model_len {self.max_model_len} is beyond the model's {text.max_position_embeddings} positions"
             )
-        self.images: ImageCache[Tensor] = ImageCache(2 * config.max_step_image_tokens)
+        self.images: ImageCache[Embeddings] = ImageCache(2 * config.max_step_image_tokens)
         self.kv_dtype = _KV_DTYPES.get(config.kv_cache_dtype, dtype)
         if self.kv_dtype not in (dtype, *model.decoder.kernels.quantised_kv):
             raise ConfigError(
@@ -116,6 +143,7 @@ class EngineCore:
             max_num_seqs=config.max_num_seqs,
             max_step_tokens=config.max_step_tokens,
             max_step_image_tokens=config.max_step_image_tokens,
+            encode_ahead=config.overlap and self.gpu is not None,
         )
         self.runner = self._runner(num_blocks)
         if config.cuda_graphs:
@@ -132,6 +160,9 @@ class EngineCore:
         self._pieces = token_pieces(prompter.tokenizer, text.vocab_size)
         self._mask_thread = ThreadPoolExecutor(1, thread_name_prefix="pagemill-masks")
         self._next_id = 0
+        self._ahead = config.overlap and self.gpu is not None
+        self._flight: _Flight | None = None
+        """The step that the device was given before the tokens of the one before it were known."""
         self.stats = EngineStats(max_num_seqs=config.max_num_seqs, num_blocks=num_blocks)
 
     def _runner(self, num_blocks: int) -> Runner:
@@ -319,56 +350,57 @@ class EngineCore:
             self._draft_indexes.popitem(last=False)
         return index
 
+    @property
+    def ahead(self) -> bool:
+        """Whether the device is at work on a step: what this thread does meanwhile costs no time."""
+        return self._flight is not None
+
     def step(self) -> tuple[list[Sequence], list[Sequence]]:
-        """Run one step. Returns the sequences that got tokens, and those of them (or others) that ended."""
-        begun = time.perf_counter()
-        self._guess()
-        plan = self.scheduler.schedule(time.perf_counter())
-        if not plan.work and self.scheduler.has_work:
-            raise AssertionError("live sequences, but nothing could be scheduled")
-        wanting = list(plan.wanting())
-        masked = any(seq.control.masked for seq, _ in wanting)
-        masks: Future[npt.NDArray[np.int32]] | None = None
-        if masked and sum(1 + len(draft) for _, draft in wanting) >= _ROWS_BESIDE:
-            masks = self._mask_thread.submit(self._fill_masks, wanting)
-        started, clock = time.perf_counter(), self._clock()
-        with spending(self.gpu, "in a step", _LOWER_USE):
-            logits = self.runner.execute(plan)
-        mask: Tensor | None = None
-        if masked:
-            filled = self._fill_masks(wanting) if masks is None else masks.result()
-            mask = torch.from_numpy(filled).to(logits.device)
-        masks_made = time.perf_counter()
-        wants = [
-            Want(seq.control.sampling, seq.token_ids, draft, _given(seq, draft)) for seq, draft in wanting
-        ]
-        with spending(self.gpu, "choosing tokens", _LOWER_USE):
-            token_ids, logprobs = sample(logits, wants, self.model.decoder.kernels.greedy, mask)
+        """Run one step. Returns the sequences that got tokens, and those of them (or others) that ended.
+
+        On a GPU the next step is often launched before this one's tokens are read, so that all that follows from them is done
+        while the device computes: between two calls a step is then under way, planned as if no sequence had ended or looped.
+        """
+        begun, pending = time.perf_counter(), list[tuple[Sequence, int]]()
+        flight, self._flight = self._flight, None
+        if flight is not None and not any(work.holds for work in flight.plan.work):
+            self._count(flight.plan)  # all of it was for nothing
+            flight = None
+        try:
+            if flight is None:
+                self._guess()
+                flight = self._launch(early=False)
+                if not flight.plan.work and self.scheduler.has_work:
+                    raise AssertionError("live sequences, but nothing could be scheduled")
+            tokens, masks_made = self._choose(flight)
+            self._count(flight.plan)
+            pending = self.scheduler.advance(flight.plan)
+            if self._ahead and flight.simple and self._may_go_ahead():
+                following = self._launch(early=True)
+                self._flight = following if following.plan.work else None
+            token_ids, logprobs = tokens()
+        except BaseException:
+            self._flight = None
+            self.scheduler.abandon(pending)
+            raise
         now = time.perf_counter()
-        stats = self.stats
-        encode_s, model_s = self.runner.seconds(plan)
-        # A GPU computes while masks are made: they count from where it was done.
-        masks_s = max(masks_made - started - encode_s - model_s, 0.0)
-        self._count(plan, model_s)
-        stats.encode_s += encode_s
-        stats.masks_s += masks_s
-        stats.sampling_s += max(now - started - encode_s - model_s - masks_s, 0.0)
-        used = self.blocks.num_blocks - self.blocks.num_free
-        places = len(self.scheduler.running)
-        num_drafted = sum(len(draft) for _, draft in wanting)
-        decodes = sum(n for _, n in plan.work) == len(wanting) + num_drafted
-        if decodes and not plan.encode and all(seq.control.reference is None for seq, _ in wanting):
-            self.draft_budget.observe(len(wanting), num_drafted, self._clock() - clock)
-        lengths = [len(seq.token_ids) for seq, _ in wanting]
-        reasons = dict(self.scheduler.update(plan, token_ids, logprobs, now))
+        if self._flight is not None:
+            self._flight.started = self._flight.clock = now
+        places, used = len(self.scheduler.running), self.blocks.num_blocks - self.blocks.num_free
+        self._time(flight, begun, masks_made, now)
+        advanced = [seq for seq, _ in pending]
+        lengths = [len(seq.token_ids) - 1 for seq in advanced]
+        new = ((seq, token_ids[i], logprobs[i]) for seq, i in pending)
+        reasons = dict(self.scheduler.settle(new, now))
         finished: list[Sequence] = []
-        for (seq, draft), length, row in zip(wanting, lengths, logprobs, strict=True):
-            if not all(map(isfinite, row)):
+        stats = self.stats
+        for (seq, i), length in zip(pending, lengths, strict=True):
+            if not all(map(isfinite, logprobs[i])):
                 seq.error = seq.error or _NOT_FINITE
             reason = reasons.get(seq)
             if seq.error is None:
                 try:
-                    reason = self._advance(seq, draft, length, reason)
+                    reason = self._advance(seq, flight.drafts[i], length, reason)
                     reason = reason and self._settle(seq, reason)
                 except Exception as error:  # one sequence's surprise must not cost another
                     seq.error = sentence(error)
@@ -382,32 +414,118 @@ class EngineCore:
                 stats.output_tokens += len(seq.token_ids) - seq.num_prompt
                 stats.discarded_tokens += seq.num_discarded
         ended = time.perf_counter()
-        stats.bookkeeping_s += started - begun + ended - now
-        stats.place_seconds += places * (ended - begun)
-        stats.kv_block_seconds += used * (ended - begun)
+        if self._flight is None:
+            stats.bookkeeping_s += ended - now
+        else:
+            ended = now  # the rest is the next step's
+        spent = ended - (flight.started if flight.early else begun)
+        stats.place_seconds += places * spent
+        stats.kv_block_seconds += used * spent
         stats.kv_peak_blocks = max(stats.kv_peak_blocks, used)
-        return [seq for seq, _ in wanting], finished
+        return advanced, finished
 
-    def _count(self, plan: StepPlan, model_s: float) -> None:
-        """Count what a plan computes, before its tokens are taken; the decoder took `model_s` seconds."""
+    def _launch(self, *, early: bool) -> _Flight:
+        """Plan a step and give it to the device. `early`: the tokens of the step before are not known."""
+        plan = self.scheduler.schedule(time.perf_counter())
+        wanting = list(plan.wanting())
+        drafts = [work.seq.draft[: work.drafted] for work in wanting]
+        masks: Future[npt.NDArray[np.int32]] | None = None
+        beside = not early and sum(1 + len(draft) for draft in drafts) >= _ROWS_BESIDE
+        if beside and any(work.seq.control.masked for work in wanting):
+            masks = self._mask_thread.submit(self._fill_masks, wanting, drafts)
+        images = [image for _, image in plan.encode + plan.ahead]
+        self.stats.images += len(images)
+        self.stats.image_tokens += sum(image.num_tokens for image in images)
+        started, clock = time.perf_counter(), self._clock()
+        with spending(self.gpu, "in a step", _LOWER_USE):
+            logits = self.runner.execute(plan)
+        return _Flight(plan, wanting, drafts, logits, masks, started, clock, early)
+
+    def _choose(self, flight: _Flight) -> tuple[Callable[[], _Tokens], float]:
+        """Have a step's tokens chosen; return what waits for them, and when their masks were made."""
+        wanting, drafts, logits = flight.wanting, flight.drafts, flight.logits
+        mask: Tensor | None = None
+        if any(work.seq.control.masked for work in wanting):
+            filled = self._fill_masks(wanting, drafts) if flight.masks is None else flight.masks.result()
+            mask = to_device(torch.from_numpy(filled), logits.device)
+        masks_made = time.perf_counter()
+        wants = [
+            Want(work.seq.control.sampling, work.seq.token_ids, draft, _given(work.seq, draft))
+            for work, draft in zip(wanting, drafts, strict=True)
+        ]
+        greedy = self.model.decoder.kernels.greedy
+        with spending(self.gpu, "choosing tokens", _LOWER_USE):
+            if self.gpu is None or not self._ahead or not flight.simple:
+                tokens = sample(logits, wants, greedy, mask)
+                return lambda: tokens, masks_made
+            chosen, logprobs = choose(
+                logits,
+                [want if work.wants else None for work, want in zip(wanting, wants, strict=True)],
+                greedy,
+                mask,
+            )
+            self.runner.keep(chosen)
+            fetched = self.gpu.fetch(chosen, logprobs)
+
+        def tokens_there() -> _Tokens:
+            token_ids, logprobs = fetched()
+            return token_ids[:, None].tolist(), logprobs[:, None].tolist()
+
+        return tokens_there, masks_made
+
+    def _may_go_ahead(self) -> bool:
+        """Whether the next step can be planned before the tokens of this one are known: not where it would have drafts."""
+        decoding: list[Sequence] = []
+        for seq in self.scheduler.running:
+            if seq.control.reference is not None:
+                return False
+            seq.draft = []  # what is left of one that found no room
+            if len(seq.token_ids) - seq.num_computed == 1:
+                decoding.append(seq)
+        return not any(self._draft_lengths(decoding))
+
+    def _time(self, flight: _Flight, begun: float, masks_made: float, now: float) -> None:
+        """Book the seconds of a step whose tokens are there `now`."""
+        stats, plan = self.stats, flight.plan
+        encode_s, model_s = self.runner.seconds(plan)
+        stats.encode_s += encode_s
+        prompt = sum(max(0, min(count, seq.num_prompt - start)) for seq, start, count, _ in plan.work)
+        share = prompt / total if (total := sum(work.num_tokens for work in plan.work)) else 1.0
+        stats.prefill_s += share * model_s
+        stats.decode_s += (1 - share) * model_s
+        left = now - flight.started - encode_s - model_s
+        if flight.early:  # masks were made while the device computed
+            stats.bookkeeping_s += max(left, 0.0)
+        else:
+            # A GPU computes while masks are made: they count from where it was done.
+            masks_s = max(masks_made - flight.started - encode_s - model_s, 0.0)
+            stats.masks_s += masks_s
+            stats.sampling_s += max(left - masks_s, 0.0)
+            stats.bookkeeping_s += flight.started - begun
+        num_drafted = sum(map(len, flight.drafts))
+        decodes = total == len(flight.wanting) + num_drafted
+        if decodes and not plan.encode and all(work.seq.control.reference is None for work in flight.wanting):
+            clock = now if flight.early else self._clock()
+            self.draft_budget.observe(len(flight.wanting), num_drafted, clock - flight.clock)
+
+    def _count(self, plan: StepPlan) -> None:
+        """Count what a plan computes, before its tokens are taken."""
         stats, total, prompt, again, prompt_again = self.stats, 0, 0, 0, 0
-        for seq, n in plan.work:
+        for work in plan.work:
+            seq, start, n, _ = work
+            if not work.holds:
+                stats.rejected_draft_tokens += n
+                continue
             total += n
-            start = seq.num_computed
             if start < seq.num_prompt:
                 prompt += min(n, seq.num_prompt - start)
             if start < seq.num_once_computed:
                 again += min(n, seq.num_once_computed - start)
                 prompt_again += max(0, min(start + n, seq.num_once_computed, seq.num_prompt) - start)
         stats.steps += 1
-        stats.images += len(plan.encode)
-        stats.image_tokens += sum(image.num_tokens for _, image in plan.encode)
         stats.prefill_tokens += prompt - prompt_again
         stats.recompute_tokens += again
         stats.decode_tokens += total - prompt - again + prompt_again
-        share = prompt / total if total else 1.0
-        stats.prefill_s += share * model_s
-        stats.decode_s += (1 - share) * model_s
 
     def _guess(self) -> None:
         """Give sequences that decode as many draft tokens as pay at the present load."""
@@ -421,28 +539,33 @@ class EngineCore:
                     done = len(seq.token_ids) - seq.num_prompt
                     seq.draft = list(seq.control.reference[done : done + rows][:-1])
                     rows -= len(seq.draft)
-        drafters = [seq.control.drafter for seq in decoding]
-        lengths = self.draft_budget.lengths(
-            [0.0 if drafter is None else drafter.acceptance for drafter in drafters], _MAX_DRAFT
-        )
-        for seq, length in zip(decoding, lengths, strict=True):
+        for seq, length in zip(decoding, self._draft_lengths(decoding), strict=True):
             room = seq.max_tokens - len(seq.token_ids) - 1
             seq.draft = []
             if length:
                 with suppress(RequestError):  # the step's masks say so again
                     seq.draft = seq.control.draft(min(length, room))
 
-    def _fill_masks(self, wanting: list[tuple[Sequence, list[int]]]) -> npt.NDArray[np.int32]:
+    def _draft_lengths(self, decoding: list[Sequence]) -> list[int]:
+        """How many draft tokens pay for each of these."""
+        drafters = [seq.control.drafter for seq in decoding]
+        return self.draft_budget.lengths(
+            [0.0 if drafter is None else drafter.acceptance for drafter in drafters], _MAX_DRAFT
+        )
+
+    def _fill_masks(self, wanting: list[Work], drafts: list[list[int]]) -> npt.NDArray[np.int32]:
         """Which tokens the rows of this step may give: int32 `[rows, V / 32]`."""
-        rows = sum(1 + len(draft) for _, draft in wanting)
+        rows = sum(1 + len(draft) for draft in drafts)
         masks = np.full((rows, self._guides.num_words), -1, dtype=np.int32)
         first = 0
-        for seq, draft in wanting:
-            try:
-                seq.control.fill_masks(seq.token_ids, draft, masks[first : first + 1 + len(draft)])
-            except Exception as error:  # a grammar beyond its limits costs its own sequence alone
-                seq.error = sentence(error)
-            first += 1 + len(draft)
+        for work, draft in zip(wanting, drafts, strict=True):
+            seq, rows = work.seq, 1 + len(draft)
+            if work.wants:
+                try:
+                    seq.control.fill_masks(seq.token_ids, draft, masks[first : first + rows])
+                except Exception as error:  # a grammar beyond its limits costs its own sequence alone
+                    seq.error = sentence(error)
+            first += rows
         return masks
 
     def _advance(

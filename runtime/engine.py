@@ -810,7 +810,8 @@ class Engine:
                 started = time.perf_counter()
                 while commands:
                     commands.pop(0)()
-                self.core.stats.bookkeeping_s += time.perf_counter() - started
+                if not self.core.ahead:
+                    self.core.stats.bookkeeping_s += time.perf_counter() - started
                 if self.core.scheduler.has_work and not self._closed:
                     self._step()
         finally:  # also after a bug in a callback: nobody may wait forever

@@ -5,7 +5,7 @@ A CPU needs none of it. This is the one seam to a device: tests put a fake in it
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ class Gpu:
         self.device = device
         self._side: torch.cuda.Stream | None = None
         self._pool: Any = None
+        self._second: torch.cuda.Stream | None = None
 
     def use(self) -> None:
         """Make it this thread's device: Triton launches on the current one, whatever its arguments lie on."""
@@ -59,6 +60,44 @@ class Gpu:
         event.record(torch.cuda.current_stream(self.device))
         return event.synchronize
 
+    def fetch(self, *tensors: Tensor) -> Callable[[], list[Tensor]]:
+        """Copy to the CPU, behind the calls; return what waits for it and returns the copies."""
+        copies = [torch.empty(t.shape, dtype=t.dtype, pin_memory=True) for t in tensors]
+        for copy, tensor in zip(copies, tensors, strict=True):
+            copy.copy_(tensor, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(self.device))
+
+        def wait() -> list[Tensor]:
+            event.synchronize()
+            return copies
+
+        return wait
+
+    def beside(self, run: Callable[[], Iterable[Tensor]]) -> tuple[list[Tensor], Callable[[Tensor], None]]:
+        """Run on a second stream, which waits for nothing; return its tensors, and what is to be called with each before it is
+        read: it makes the current stream wait for them.
+
+        `run` reads what was on the device before this was first called, or what it brings there itself.
+        """
+        with torch.cuda.device(self.device):
+            if self._second is None:
+                self._second = torch.cuda.Stream()
+                self._second.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self._second):
+                found = list(run())
+                event = torch.cuda.Event()
+                event.record()
+
+        def join(tensor: Tensor) -> None:
+            current = torch.cuda.current_stream(self.device)
+            event.wait(current)
+            tensor.record_stream(
+                current
+            )  # its memory is the second stream's: not to be reused while this one reads it
+
+        return found, join
+
     def capture(self, run: Callable[[], None]) -> Callable[[], None]:
         """Record what `run` gives the device; return what makes it do the same again, on the same memory.
 
@@ -79,6 +118,16 @@ class Gpu:
             with torch.cuda.graph(graph, self._pool, self._side, "thread_local"):
                 run()
         return graph.replay
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the CPU's on the device. To a GPU it is copied from pinned memory, behind the calls: a plain copy waits for
+    all that the stream was given before."""
+    if device.type != "cuda" or tensor.is_cuda:
+        return tensor.to(device)
+    return tensor.pin_memory().to(
+        device, non_blocking=True
+    )  # torch keeps the pinned memory until it was read
 
 
 def gpu_of(device: torch.device) -> Gpu | None:

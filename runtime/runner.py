@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from dataclasses import replace
 from math import isqrt
 from typing import Any
 
@@ -18,6 +20,7 @@ from pagemill.graphs import DecodeGraphs
 from pagemill.kernels import QUANTISED_KV, LayerCache, kv_scale_shape
 from pagemill.model.decoder import RaggedBatch
 from pagemill.model.loader import Model
+from pagemill.model.rope import Grid
 from pagemill.scheduler import StepPlan
 from pagemill.sequence import Sequence, SequenceImage
 from pagemill.staging import Arrays, Staging
@@ -69,13 +72,21 @@ class DeviceClock:
         return float(first.elapsed_time(last)) / 1e3
 
 
+Embeddings = tuple[Tensor, Callable[[Tensor], None]]
+"""An image's embeddings `[tokens, hidden]`, and what is to be called with them before they are read (`Gpu.beside`)."""
+
+
+def _nothing(embeddings: Tensor) -> None:
+    """What is there needs no waiting for."""
+
+
 class Runner:
     """Owns the KV cache tensors (of `dtype`, quantised ones with scales) and the block-table array of running sequences."""
 
     def __init__(
         self,
         model: Model,
-        images: ImageCache[Tensor],
+        images: ImageCache[Embeddings],
         *,
         num_blocks: int,
         block_size: int,
@@ -102,8 +113,6 @@ class Runner:
             reason = str(error).partition("\n")[0]
             raise ConfigError(f"a KV cache of {num_blocks} blocks cannot be allocated: {reason}") from None
         self.clock = DeviceClock(device)
-        self._marks: tuple[Any, Any, Any] | None = None
-        """Of the last step: before its images, after them, after the decoder."""
         self._encode_tokens = _CPU_ENCODE_TOKENS if device.type == "cpu" else 1 << 30
         self._max_model_len = max_model_len
         if gpu is not None:
@@ -113,17 +122,20 @@ class Runner:
         self._staging = None if gpu is None else Staging(gpu)
         self._graphs: DecodeGraphs | None = None
         self._recorded_tokens = max(2 * max_num_seqs, 32)  # room for drafts
+        self._chosen: Tensor | None = None
+        """The last step's new tokens, where the next may be launched before they are known: int64 `[max_num_seqs]`."""
+        if gpu is not None:
+            self._chosen = torch.zeros(max_num_seqs, dtype=torch.int64, device=gpu.device)
 
     def record_graphs(self) -> None:
         """Record the steps that only decode; nothing on a device without graphs, or with kernels that look at values."""
         if self.gpu is None or self._staging is None or not self.model.decoder.kernels.capturable:
             return
         self.model.settle()
-        decoder = self.model.decoder
         self._graphs = DecodeGraphs(
             self.gpu,
             self._staging,
-            lambda batch: decoder(batch, self.kv_cache),
+            self._run,
             max_tokens=self._recorded_tokens,
             max_blocks=self._block_tables.shape[1],
             vocab_size=self.model.config.text.vocab_size,
@@ -134,9 +146,11 @@ class Runner:
         vision = self.model.config.vision
         side = vision.spatial_merge_size * max(1, isqrt(image_tokens))
         patches = torch.zeros(side * side, vision.patch_bytes, dtype=torch.uint8)
-        (image,) = self.model.vision([(patches, torch.zeros(vision.in_channels, 256), (1, side, side))])
+        images = [(patches, torch.zeros(vision.in_channels, 256), (1, side, side))]
+        ((image, join),) = self._see(images)
+        join(image)
         starts = [*range(0, tokens, min(tokens, self._max_model_len)), tokens]
-        arrays = self._nothing(np.array(starts, dtype=np.int32), logit_rows)
+        arrays = self._empty_batch(np.array(starts, dtype=np.int32), logit_rows)
         rows = np.arange(tokens, dtype=np.int32)
         arrays["image_index"] = np.where(rows < len(image), rows, -1).astype(np.int32)
         self.model.decoder.kernels.greedy(self._compute(arrays, image[:tokens]))
@@ -144,9 +158,11 @@ class Runner:
     def try_decoding(self) -> None:
         """Compute the largest step that is recorded, for nothing."""
         most = self._recorded_tokens
-        self._compute(self._nothing(np.arange(most + 1, dtype=np.int32), most), None)
+        self._compute(self._empty_batch(np.arange(most + 1, dtype=np.int32), most), None)
 
-    def _nothing(self, query_start: npt.NDArray[np.int32], logit_rows: int) -> dict[str, npt.NDArray[Any]]:
+    def _empty_batch(
+        self, query_start: npt.NDArray[np.int32], logit_rows: int
+    ) -> dict[str, npt.NDArray[Any]]:
         """Arrays of a batch whose keys go nowhere and come from block 0. The last rows want logits."""
         tokens = int(query_start[-1])
         counts = np.diff(query_start)
@@ -162,26 +178,34 @@ class Runner:
 
     def execute(self, plan: StepPlan) -> Tensor:
         """Run one step. Returns logits float32 `[R, V]`: for each of `plan.wanting()` a row after its last token, and one
-        after each token of its draft.
+        after each token of its draft. A GPU computes them behind this call; they are overwritten by the next.
         """
         self.model.settle()
-        begun = self.clock.mark()
+        begun = encoded = self.clock.mark()
         self._encode(plan.encode)
-        encoded = self.clock.mark()
+        if self._join_images(plan) or plan.encode:
+            encoded = self.clock.mark()
         logits = self._decode(plan)
-        self._marks = begun, encoded, self.clock.mark()
+        plan.marks = begun, encoded, self.clock.mark()
+        self._encode(plan.ahead)
         return logits
 
+    def keep(self, token_ids: Tensor) -> None:
+        """Keep a step's new tokens, int64 `[R]`, on the device: token -1 - r of a batch is then the r-th of them."""
+        if self._chosen is None:
+            raise AssertionError("a CPU's tokens are known when the next step is planned")
+        self._chosen[: len(token_ids)] = token_ids.clamp(min=0)  # -1: no token was allowed
+
     def seconds(self, plan: StepPlan) -> tuple[float, float]:
-        """Seconds that the device took for the images and for the decoder of `plan`, the last step that was executed.
+        """Seconds that an executed step waited for its images, and that its decoder took, on the device's own clock.
 
         The images' are added to their pages' timelines. Call it when the step's tokens are there: before, it waits for them.
         """
-        if self._marks is None:
+        if plan.marks is None:
             return 0.0, 0.0
-        begun, encoded, ended = self._marks
-        self._marks = None
-        images = self.clock.seconds(begun, encoded) if plan.encode else 0.0
+        begun, encoded, ended = plan.marks
+        plan.marks = None
+        images = self.clock.seconds(begun, encoded) if encoded is not begun else 0.0
         patches = sum(len(image.patches) for _, image in plan.encode)
         for seq, image in plan.encode:
             seq.timeline.vision += images * len(image.patches) / patches
@@ -206,7 +230,13 @@ class Runner:
         else:
             tensors = self._staging.bring(arrays)
         max_position = int(arrays["positions"].max())
-        batch = RaggedBatch(**tensors, max_position=max_position, image_embeds=image_embeds)
+        return self._run(RaggedBatch(**tensors, max_position=max_position, image_embeds=image_embeds))
+
+    def _run(self, batch: RaggedBatch) -> Tensor:
+        if self._chosen is not None:
+            ids = batch.token_ids
+            chosen = self._chosen[(-1 - ids).clamp(0, len(self._chosen) - 1)]
+            batch = replace(batch, token_ids=torch.where(ids < 0, chosen, ids))
         return self.model.decoder(batch, self.kv_cache)
 
     def _encode(self, encode: list[tuple[Sequence, SequenceImage]]) -> None:
@@ -219,11 +249,32 @@ class Runner:
             encode = encode[count:]
 
     def _encode_together(self, encode: list[tuple[Sequence, SequenceImage]]) -> None:
-        embeddings = self.model.vision(
-            [(torch.from_numpy(image.patches), torch.tensor(image.levels), image.grid) for _, image in encode]
-        )
-        for (_, image), embedding in zip(encode, embeddings, strict=True):
-            self.images.put(image.digest, embedding)
+        given = [
+            (torch.from_numpy(image.patches), torch.tensor(image.levels), image.grid) for _, image in encode
+        ]
+        for (_, image), embeddings in zip(encode, self._see(given), strict=True):
+            self.images.put(image.digest, embeddings)
+
+    def _see(self, images: list[tuple[Tensor, Tensor, Grid]]) -> list[Embeddings]:
+        """The vision tower's embeddings; a GPU computes them beside what it decodes."""
+        if self.gpu is None:
+            return [(found, _nothing) for found in self.model.vision(images)]
+        embeddings, join = self.gpu.beside(lambda: self.model.vision(images))
+        return [(found, join) for found in embeddings]
+
+    def _join_images(self, plan: StepPlan) -> bool:
+        """Make a GPU wait for the images that this step reads; False if there is nothing to wait for."""
+        found = False
+        if self.gpu is None:
+            return found
+        for seq, start, count, _ in plan.work:
+            if start < seq.num_prompt:
+                for image in seq.images:
+                    if image.start < start + count and start < image.end:
+                        embeddings, join = self.images.get(image.digest)
+                        join(embeddings)
+                        found = True
+        return found
 
     def _lay_out(self, plan: StepPlan) -> tuple[dict[str, npt.NDArray[Any]], Tensor | None]:
         """Flatten the plan's work: the arrays of a `RaggedBatch`, and its image embeddings.
@@ -233,11 +284,11 @@ class Runner:
         work, block_size = plan.work, self.block_size
         token_ids: list[int] = []
         logit_rows: list[int] = []
-        prefills: list[tuple[int, Sequence, int]] = []
+        prefills: list[tuple[int, Sequence, int, int]] = []
         of_work: list[tuple[int, int, int, int]] = []
         first = 0
-        for seq, n in work:
-            start, total = seq.num_computed, len(seq.token_ids)
+        for seq, start, n, _ in work:
+            total = len(seq.token_ids)
             if n == 1:
                 token_ids.append(seq.token_ids[start])
             else:
@@ -247,7 +298,7 @@ class Runner:
             if start + n >= total:
                 logit_rows += range(first + total - 1 - start, first + n)
             if start < seq.num_prompt:
-                prefills.append((first, seq, n))
+                prefills.append((first, seq, start, n))
             if seq.num_synced != len(seq.block_table):
                 new = seq.block_table[seq.num_synced :]
                 self._block_tables[seq.row, seq.num_synced : seq.num_synced + len(new)] = new
@@ -270,8 +321,7 @@ class Runner:
         image_embeds: list[Tensor] = []
         image_index = np.full(first if prefills else 0, -1, dtype=np.int32)
         images = 0
-        for first, seq, n in prefills:
-            start = seq.num_computed
+        for first, seq, start, n in prefills:
             end = min(start + n, seq.num_prompt)
             positions[:, first : first + end - start] = seq.positions[:, start:end]
             for image in seq.images:
@@ -280,7 +330,8 @@ class Runner:
                     image_index[first + low - start : first + high - start] = np.arange(
                         images, images + high - low
                     )
-                    image_embeds.append(self.images.get(image.digest)[low - image.start : high - image.start])
+                    embeddings, _ = self.images.get(image.digest)
+                    image_embeds.append(embeddings[low - image.start : high - image.start])
                     images += high - low
 
         context_lens = (starts + counts).astype(np.int32)

@@ -5,39 +5,68 @@ Decoding sequences (one token behind) come first, then chunks of running prefill
 admitted. Admission counts the blocks that running sequences are predicted to need in the end, never
 `max_new_tokens`; where the prediction was too low and blocks run out, the sequence that would be served last
 gives its blocks back and is computed again later (most of its blocks are usually still findable by content).
+
+A step may be planned before the tokens of the one before it are known: `advance` counts a step's tokens as computed and puts
+placeholders where its new tokens will be, `settle` puts the tokens there. Between the two, and only then, the last token of a
+sequence may be negative: -1 - r stands for the token of row r of that step. What is planned meanwhile may turn out wrong, where
+a sequence ends or is rolled back: `advance` passes over that.
 """
 
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from heapq import heappop, heappush
+from heapq import heappop, heappush, nsmallest
 from operator import attrgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 from pagemill.cache import BlockPool, ImageCache, OutOfBlocks
 from pagemill.results import FinishReason
 from pagemill.sequence import Sequence, SequenceImage
 
+_LOOK_AHEAD = 4  # waiting sequences whose images may be encoded before they are admitted
+
+
+class Work(NamedTuple):
+    """What one sequence computes in a step."""
+
+    seq: Sequence
+    start: int
+    """Its tokens that were computed before."""
+    num_tokens: int
+    """Tokens that the step computes, from there on."""
+    drafted: int
+    """How many of them are its draft's; it gets a new token unless this is negative: then its last token is not among them."""
+
+    @property
+    def holds(self) -> bool:
+        """Whether the sequence is still where it was when this was planned, so that it needs what was computed."""
+        return self.seq.finish_reason is None and self.seq.num_computed == self.start
+
+    @property
+    def wants(self) -> bool:
+        """Whether a new token is still wanted: it has got none meanwhile."""
+        return self.holds and 0 <= self.drafted == self.start + self.num_tokens - len(self.seq.token_ids)
+
 
 @dataclass(slots=True)
 class StepPlan:
-    """One step: images to encode, then blocks to copy, then tokens to compute, in this order."""
+    """One step: images to encode, then blocks to copy, then tokens to compute, in this order; and images for later steps."""
 
     encode: list[tuple[Sequence, SequenceImage]]
     copies: list[tuple[int, int]]
     """(source, destination) block ids"""
-    work: list[tuple[Sequence, int]]
-    """Sequences with the number of tokens each computes, from its `num_computed` on. Those whose last token is among
-    them get a new one; tokens beyond it are its draft's."""
+    work: list[Work]
+    ahead: list[tuple[Sequence, SequenceImage]] = field(default_factory=list)
+    """Images of waiting sequences, to be encoded beside the step."""
+    marks: tuple[Any, Any, Any] | None = None
+    """The runner's: moments of the device before the step's images, after them, after the decoder."""
 
-    def wanting(self) -> Iterator[tuple[Sequence, list[int]]]:
-        """The sequences that get new tokens, each with the part of its draft that is computed."""
-        for seq, n in self.work:
-            drafted = seq.num_computed + n - len(seq.token_ids)
-            if drafted >= 0:
-                yield seq, seq.draft[:drafted]
+    def wanting(self) -> Iterator[Work]:
+        """The work of sequences that get new tokens; each has a row of logits for the token after its last, and one after each
+        token of its draft."""
+        return (work for work in self.work if work.drafted >= 0)
 
 
 @dataclass(slots=True)
@@ -46,7 +75,7 @@ class _Budget:
 
     tokens: int
     image_tokens: int
-    work: dict[int, tuple[Sequence, int]] = field(default_factory=dict)
+    work: dict[int, Work] = field(default_factory=dict)
     encode: list[tuple[Sequence, SequenceImage]] = field(default_factory=list)
 
 
@@ -76,7 +105,7 @@ class OutputLengthPredictor:
 
 
 class Scheduler:
-    """Holds every live sequence. `schedule` plans a step, `update` takes its tokens, in turn."""
+    """Holds every live sequence. `schedule` plans a step, `advance` and `settle` (`update` is both) take its tokens."""
 
     def __init__(
         self,
@@ -86,8 +115,11 @@ class Scheduler:
         max_num_seqs: int,
         max_step_tokens: int,
         max_step_image_tokens: int,
+        encode_ahead: bool = False,
     ) -> None:
+        """`encode_ahead`: beside steps that only decode, plan images of sequences that wait."""
         self.blocks, self.images = blocks, images
+        self.encode_ahead = encode_ahead
         self.max_num_seqs = max_num_seqs
         self.max_step_tokens = max_step_tokens
         self.max_step_image_tokens = max_step_image_tokens
@@ -95,6 +127,8 @@ class Scheduler:
         self.running: list[Sequence] = []
         """In serving order: priority, then arrival."""
         self._waiting: list[tuple[tuple[int, int], Sequence]] = []
+        self._early: list[Sequence] = []
+        """Waiting sequences that hold images already, in the order in which they came to them."""
         self._rows = list(range(max_num_seqs - 1, -1, -1))
         self._committed = 0
         self.num_waiting = 0
@@ -117,15 +151,7 @@ class Scheduler:
     def cancel(self, seq: Sequence) -> None:
         """End a sequence wherever it is, between steps; a no-op if it has ended."""
         if seq.finish_reason is None:
-            if seq.row >= 0:
-                self.finish(seq, "cancelled")
-            else:  # its place in the heap is skipped when it comes up
-                seq.finish_reason = "cancelled"
-                self.num_waiting -= 1
-                for image in seq.images:
-                    image.patches = image.patches[:0].copy()
-                if not self.num_waiting:
-                    self._waiting.clear()
+            self.finish(seq, "cancelled")
 
     def schedule(self, now: float = 0.0) -> StepPlan:
         """Plan the next step, taking blocks and image space for it. `now` is the clock for timelines, in seconds."""
@@ -134,15 +160,17 @@ class Scheduler:
         behind: list[Sequence] = []
         for seq in self.running.copy():
             computed = seq.num_computed
-            if computed < seq.num_prompt or len(seq.token_ids) - computed > 1:
+            total = len(seq.token_ids)
+            if computed < seq.num_prompt or total - computed > 1:
                 behind.append(seq)
-            elif seq.row >= 0 and step.tokens:  # a negative row: preempted by an earlier one in this loop
+            # A negative row: preempted by an earlier one in this loop. A full one may only wait for its last token.
+            elif seq.row >= 0 and step.tokens and (total < seq.max_tokens or seq.token_ids[-1] >= 0):
                 if computed < len(seq.block_table) * block_size:
-                    work[seq.id] = (seq, 1)
+                    work[seq.id] = Work(seq, computed, 1, computed + 1 - total)
                     step.tokens -= 1
                 else:
                     self._place(seq, 1, step)
-        for seq, n in list(work.values()):
+        for seq, _, n, _ in list(work.values()):
             if seq.draft:  # only into room that is free: a guess takes nothing from anybody
                 room = (len(seq.block_table) + self.blocks.num_free) * block_size - seq.num_computed - n
                 if (drafted := min(len(seq.draft), step.tokens, room)) > 0:
@@ -157,56 +185,103 @@ class Scheduler:
         # An image whose sequence was preempted while planning is encoded only if another still holds it.
         encode = [(seq, image) for seq, image in step.encode if image.digest in self.images]
         copies, self.blocks.copies = self.blocks.copies, []
-        return StepPlan(encode, copies, list(work.values()))
+        planned = list(work.values())
+        plan = StepPlan(encode, copies, planned)
+        seldom = self.encode_ahead and self.num_waiting and planned and not encode
+        if seldom and all(start >= seq.num_prompt for seq, start, _, _ in planned):
+            plan.ahead = self._look_ahead()
+        return plan
 
-    def update(
-        self, plan: StepPlan, token_ids: list[list[int]], logprobs: list[list[float]], now: float = 0.0
+    def advance(self, plan: StepPlan) -> list[tuple[Sequence, int]]:
+        """Count a step as computed once the device has been given all of it. Returns the sequences that wait for their new token,
+        each with the number of its work in `plan.wanting()`.
+        """
+        pending: list[tuple[Sequence, int]] = []
+        block_size, row, number = self.blocks.block_size, 0, 0
+        for seq, start, count, drafted in plan.work:
+            if seq.finish_reason is None and seq.num_computed == start:  # as `Work.holds`
+                total = len(seq.token_ids)
+                seq.num_computed = computed = min(start + count, total)
+                if computed // block_size > seq.num_published:
+                    self._publish(seq)
+                if count > 1 or computed <= seq.num_prompt:
+                    needed = {image.digest for image in seq.images if image.end > computed}
+                    for image in seq.images:
+                        if image.digest not in needed:
+                            self.images.release(image.digest, seq.id)
+                if 0 <= drafted == start + count - total:
+                    seq.token_ids.append(-1 - row)
+                    pending.append((seq, number))
+            if drafted >= 0:
+                row += 1 + drafted
+                number += 1
+        return pending
+
+    def settle(
+        self, new: Iterable[tuple[Sequence, list[int], list[float]]], now: float = 0.0
     ) -> list[tuple[Sequence, FinishReason]]:
-        """Take a step's tokens: one or more for each sequence of `plan.wanting()`, in that order.
+        """Give the sequences that wait for it what they got: one token or more each, with log-probabilities.
 
         All but the last of a sequence's new tokens are its draft's, whose keys and values are right. Returns the sequences
         that have come to their end and why; `finish` releases them.
         """
         ended: list[tuple[Sequence, FinishReason]] = []
-        block_size = self.blocks.block_size
-        i = 0
-        for seq, n in plan.work:
-            total = len(seq.token_ids)
-            computed = seq.num_computed + n
-            if computed >= total:
-                new, new_logprobs = token_ids[i], logprobs[i]
-                i += 1
-                end = next((at for at, token in enumerate(new, 1) if token in seq.stop_ids), 0)
-                room = seq.max_tokens - total
-                if end and end <= room:
-                    ended.append((seq, "stop"))
-                elif len(new) >= room:
-                    end = room
-                    ended.append((seq, "length"))
-                else:
-                    end = len(new)
-                seq.token_ids += new[:end]
-                seq.logprobs += new_logprobs[:end]
-                computed = total + end - 1
-                if seq.timeline.first_token is None:
-                    seq.timeline.first_token = now
-            seq.num_computed = computed
-            if computed // block_size > seq.num_published:
+        for seq, token_ids, logprobs in new:
+            if seq.token_ids.pop() >= 0:
+                raise AssertionError(f"sequence {seq.id} waits for no token")
+            stop_ids, end = seq.stop_ids, 0
+            for at, token in enumerate(token_ids, 1):
+                if token in stop_ids:
+                    end = at
+                    break
+            room = seq.max_tokens - len(seq.token_ids)
+            if end and end <= room:
+                ended.append((seq, "stop"))
+            elif len(token_ids) >= room:
+                end = room
+                ended.append((seq, "length"))
+            else:
+                end = len(token_ids)
+            seq.token_ids += token_ids[:end]
+            seq.logprobs += logprobs[:end]
+            if end > 1:
+                seq.num_computed += end - 1
                 self._publish(seq)
-            if n > 1 or computed <= seq.num_prompt:
-                needed = {image.digest for image in seq.images if image.end > computed}
-                for image in seq.images:
-                    if image.digest not in needed:
-                        self.images.release(image.digest, seq.id)
-        if i != len(token_ids):
-            raise AssertionError(f"tokens of {len(token_ids)} sequences for {i}")
+            if seq.timeline.first_token is None:
+                seq.timeline.first_token = now
         return ended
 
+    def abandon(self, pending: list[tuple[Sequence, int]]) -> None:
+        """Forget what a step that failed was to bring: the tokens of sequences that wait for them, and images of later steps."""
+        for seq, _ in pending:
+            if seq.token_ids[-1] < 0:
+                seq.token_ids.pop()
+                seq.num_computed = min(seq.num_computed, len(seq.token_ids) - 1)
+        for seq in self._early.copy():
+            self._let_go(seq)
+
+    def update(
+        self, plan: StepPlan, token_ids: list[list[int]], logprobs: list[list[float]], now: float = 0.0
+    ) -> list[tuple[Sequence, FinishReason]]:
+        """`advance`, and `settle` with the tokens of each of `plan.wanting()`, in that order."""
+        pending = self.advance(plan)
+        if len(token_ids) != len(pending):
+            raise AssertionError(f"tokens of {len(token_ids)} sequences for {len(pending)}")
+        return self.settle(((seq, token_ids[i], logprobs[i]) for seq, i in pending), now)
+
     def finish(self, seq: Sequence, reason: FinishReason) -> None:
-        """End a running sequence and release all it holds, between steps."""
+        """End a live sequence and release all it holds, between steps."""
         if reason == "stop":
             self.predictor.observe(seq)
-        self._release(seq)
+        if seq.row >= 0:
+            self._release(seq)
+        else:  # its place in the heap is skipped when it comes up
+            self.num_waiting -= 1
+            self._let_go(seq)
+            for image in seq.images:
+                image.patches = image.patches[:0].copy()
+            if not self.num_waiting:
+                self._waiting.clear()
         seq.finish_reason = reason
 
     def rollback(self, seq: Sequence, num_tokens: int) -> None:
@@ -237,6 +312,10 @@ class Scheduler:
             )
         if self._committed != sum(seq.committed_blocks for seq in self.running):
             raise AssertionError(f"{self._committed} blocks committed, not what running sequences add up to")
+        if any(seq.row >= 0 or seq.finish_reason is not None for seq in self._early):
+            raise AssertionError("images held early for a sequence that does not wait")
+        if any(token < 0 for seq in self.running for token in seq.token_ids[-1:]):
+            raise AssertionError("a token that never came")
         if not self.has_work and len(self.images):
             raise AssertionError(f"{len(self.images)} images held by nobody alive")
 
@@ -262,7 +341,8 @@ class Scheduler:
             if over > 0:
                 seq.committed_blocks += over
                 self._committed += over
-        step.work[seq.id] = (seq, n)
+        computed = seq.num_computed
+        step.work[seq.id] = Work(seq, computed, n, computed + n - len(seq.token_ids))
         step.tokens -= n
         return True
 
@@ -277,11 +357,49 @@ class Scheduler:
             if not self.images.hold(image.digest, seq.id):
                 # The first image of a step is let in whatever its size, so that a large page is never stuck.
                 fits = not step.encode or image.num_tokens <= step.image_tokens
-                if not fits or not self.images.reserve(image.digest, image.num_tokens, seq.id):
+                if not fits or not self._reserve(seq, image):
                     return max(image.start - start, 0)
                 step.encode.append((seq, image))
                 step.image_tokens -= image.num_tokens
         return n
+
+    def _reserve(self, seq: Sequence, image: SequenceImage) -> bool:
+        """Reserve space for an image of a running sequence; waiting ones give back theirs for it, the last first."""
+        while not self.images.reserve(image.digest, image.num_tokens, seq.id):
+            if not self._early:
+                return False
+            self._let_go(self._early[-1])
+        return True
+
+    def _let_go(self, seq: Sequence) -> None:
+        """Release the images that a waiting sequence holds."""
+        if seq in self._early:
+            self._early.remove(seq)
+            for image in seq.images:
+                self.images.release(image.digest, seq.id)
+
+    def _look_ahead(self) -> list[tuple[Sequence, SequenceImage]]:
+        """Images of the sequences that come next, held for them: as many as are encoded in a step, into space that is free."""
+        ahead: list[tuple[Sequence, SequenceImage]] = []
+        if len(self._early) >= _LOOK_AHEAD:
+            return ahead
+        images, block_size = self.images, self.blocks.block_size
+        room = self.max_step_image_tokens - sum(seq.num_image_tokens for seq in self._early)
+        for _, seq in nsmallest(_LOOK_AHEAD, self._waiting):
+            wanted = seq.num_image_tokens
+            if seq.finish_reason is not None or seq in self._early or not wanted:
+                continue
+            room -= wanted
+            if room < 0 or images.used_tokens + wanted > images.capacity_tokens:
+                break
+            digests = seq.digests((len(seq.token_ids) - 1) // block_size, block_size)
+            shared = len(self.blocks.match(digests)) * block_size
+            self._early.append(seq)
+            for image in seq.images:
+                if image.end > shared and not images.hold(image.digest, seq.id):
+                    images.reserve(image.digest, image.num_tokens, seq.id)
+                    ahead.append((seq, image))
+        return ahead
 
     def _admit(self, now: float) -> Sequence | None:
         """Make the first waiting sequence running if the blocks it is predicted to need are not spoken for."""
@@ -303,6 +421,8 @@ class Scheduler:
                 return None
         heappop(self._waiting)
         self.num_waiting -= 1
+        if seq in self._early:  # it holds on to its images until they are computed, as all that run
+            self._early.remove(seq)
         blocks.share(shared)
         seq.block_table = shared
         seq.num_computed = len(shared) * blocks.block_size
@@ -321,7 +441,7 @@ class Scheduler:
         """Take a running sequence's blocks back; it waits at the head of its priority and is computed again."""
         placed = step.work.pop(seq.id, None)
         if placed is not None:
-            step.tokens += placed[1]
+            step.tokens += placed.num_tokens
         self._release(seq)
         seq.num_once_computed = max(seq.num_once_computed, seq.num_computed)
         seq.num_computed = 0

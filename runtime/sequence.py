@@ -47,7 +47,7 @@ class Timeline:
     first_token: float | None = None
     finished: float | None = None
     vision: float = 0.0
-    """Seconds of image encoding attributed to this sequence."""
+    """Seconds of image encoding attributed to this sequence; none for what was encoded beside earlier steps."""
 
 
 @dataclass(slots=True)

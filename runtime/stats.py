@@ -15,7 +15,8 @@ class EngineStats:
     Tokens are counted in the step that computes them, each under one of `prefill`, `decode`, `recompute` and
     `rejected_draft`. Seconds are those of the engine's thread: what other threads do beside it does not count. Of a
     GPU, whose work runs behind the thread, images and decoder count by the device's own events, and what the thread does
-    meanwhile does not: the stages add up to the time that passed.
+    meanwhile does not: the stages add up to the time that passed. Where a step was planned ahead, all that is not the device's is
+    bookkeeping: what the thread does beside it counts as far as the device waited for it.
     """
 
     steps: int = 0
@@ -29,7 +30,7 @@ class EngineStats:
     recompute_tokens: int = 0
     """Tokens computed again, because a preemption took their blocks."""
     rejected_draft_tokens: int = 0
-    """Draft tokens that were not what the model says."""
+    """Draft tokens that were not what the model says, and tokens of steps planned ahead that nobody needed."""
     accepted_draft_tokens: int = 0
     """Draft tokens that were; they are part of `decode_tokens`."""
     shared_tokens: int = 0
@@ -41,7 +42,7 @@ class EngineStats:
     discarded_tokens: int = 0
     """Loops and attempts that were not taken."""
     encode_s: float = 0.0
-    """Seconds of image encoding."""
+    """Seconds of image encoding; on a GPU those that steps waited for it."""
     prefill_s: float = 0.0
     """Seconds of the decoder and its layout. A step's seconds are split by its tokens: those of prompts, computed again or not,
     are prefill, all others decode."""

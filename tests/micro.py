@@ -88,7 +88,7 @@ class World:
 
 def take(core, plan):
     """What `EngineCore.step` does with a plan, without its steering."""
-    wants = [Want(seq.control.sampling, seq.token_ids) for seq, _ in plan.wanting()]
+    wants = [Want(work.seq.control.sampling, work.seq.token_ids) for work in plan.wanting()]
     tokens, logprobs = sample(core.runner.execute(plan), wants, core.model.decoder.kernels.greedy)
     for seq, reason in core.scheduler.update(plan, tokens, logprobs):
         core.scheduler.finish(seq, reason)

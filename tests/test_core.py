@@ -111,7 +111,7 @@ def test_the_budgets_hold_in_every_step(world):
         world.add(core, Ask((1, 2, IMAGE, 3), (i % 3,), 5))
     while core.scheduler.has_work:
         plan = core.scheduler.schedule()
-        assert 0 < sum(n for _, n in plan.work) <= 7
+        assert 0 < sum(work.num_tokens for work in plan.work) <= 7
         assert sum(image.num_tokens for _, image in plan.encode) <= 6
         assert len(core.scheduler.running) <= 3
         take(core, plan)

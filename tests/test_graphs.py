@@ -107,7 +107,7 @@ def test_tokens_are_those_of_the_engine_without_graphs(reference, gpu, drafts):
     eager = reference.core(max_num_seqs=7, cuda_graphs=False)
     wanted = run(reference, eager)
     assert gpu.recorded == 0
-    core = reference.core(max_num_seqs=7)
+    core = reference.core(max_num_seqs=7, overlap=not drafts)
     counts = batches(core)
     assert gpu.recorded == len(SIZES)
     assert run(reference, core, wanted if drafts else None) == wanted

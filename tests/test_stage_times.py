@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from fake_gpu import FakeGpu
 from micro import IMAGE, Ask
 
 import pagemill.core
@@ -92,9 +93,9 @@ def test_stages_of_a_device_that_works_behind_add_up(world, device, monkeypatch,
         def __getattr__(self, name):
             return getattr(self.part, name)
 
-    def fill_late(wanting):
+    def fill_late(*given):
         device.host += mask_s
-        return fill(wanting)
+        return fill(*given)
 
     def sample_late(*given):
         device.wait()
@@ -125,3 +126,51 @@ def test_stages_of_a_device_that_works_behind_add_up(world, device, monkeypatch,
     assert stats.encode_s == seq.timeline.vision == pytest.approx(IMAGES, abs=3 * LAUNCH)
     assert stats.decode_s == pytest.approx(DECODER, abs=3 * LAUNCH)
     assert stats.busy_s == pytest.approx(device.host)
+
+
+@pytest.mark.parametrize(("mask_s", "hidden"), [(1.5, True), (9.0, False)])
+def test_what_the_thread_does_while_the_device_works_takes_no_time(
+    world, device, monkeypatch, mask_s, hidden
+):
+    """Steps that are planned ahead follow each other at once, unless the thread is slower than the device."""
+    gpu, steps = FakeGpu(), 12
+    monkeypatch.setattr(pagemill.core, "gpu_of", lambda device: gpu)
+    monkeypatch.setattr(gpu, "peak", lambda run: 0)
+    core = world.core(cuda_graphs=False)
+    seq = world.add(core, Ask((1, 2), (), steps), guidance=Regex("[ab]{40}"), drafts="off")
+    fetch, fill, decoder = gpu.fetch, core._fill_masks, world.model.decoder
+
+    def decode(batch, cache):
+        device.give(DECODER)
+        return decoder(batch, cache)
+
+    def fill_late(*given):
+        device.host += mask_s
+        return fill(*given)
+
+    def fetch_late(*given):
+        device.give(0.0)
+        there, at = fetch(*given), device.done
+
+        def wait():
+            device.host = max(device.host, at)
+            return there()
+
+        return wait
+
+    core.runner.clock = DeviceClock(torch.device("cuda"))
+    core.runner.model = SimpleNamespace(
+        config=world.model.config, vision=world.model.vision, decoder=decode, settle=world.model.settle
+    )
+    monkeypatch.setattr(core, "_fill_masks", fill_late)
+    monkeypatch.setattr(gpu, "fetch", fetch_late)
+    monkeypatch.setattr(time, "perf_counter", lambda: device.host)
+    while core.scheduler.has_work:
+        core.step()
+    stats, launches = core.stats, 3 * LAUNCH * steps
+    assert len(seq.output_ids) == steps
+    assert stats.prefill_s + stats.decode_s == pytest.approx(steps * DECODER, abs=launches)
+    assert stats.busy_s == pytest.approx(device.host)
+    assert device.host == pytest.approx(steps * max(DECODER, mask_s), abs=launches + DECODER)
+    late = stats.masks_s + stats.bookkeeping_s + stats.sampling_s
+    assert late == pytest.approx(0 if hidden else steps * (mask_s - DECODER), abs=launches + DECODER)

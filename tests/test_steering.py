@@ -136,7 +136,7 @@ REFERENCES = {}
 def reference(world, ask, page, params):
     key = repr((ask, page, sorted(params.items(), key=str)))
     if key not in REFERENCES:
-        core = world.core(prefix_sharing=False, num_blocks=400)
+        core = world.core(prefix_sharing=False, num_blocks=400, overlap=False)
         seq = world.add(core, ask, page=page and PageTask(**page), **{**params, "drafts": "off"})
         followed = remember(seq)
         drain(core)
@@ -334,7 +334,7 @@ def test_a_retry_costs_output_tokens_only(world):
 
     def counting(now=0.0):
         plan = schedule(now)
-        computed.extend(n for _, n in plan.work)
+        computed.extend(work.num_tokens for work in plan.work)
         encoded.extend(plan.encode)
         return plan
 

@@ -509,9 +509,9 @@ class _Simulation:
 
         new_tokens: list[list[int]] = []
         wanting: list[_Page] = []
-        for seq, n in plan.work:
+        for seq, _, n, drafted in plan.work:
             tokens -= n
-            gained = seq.num_computed + n - len(seq.token_ids) + 1
+            gained = drafted + 1
             if gained > 0:
                 assert isinstance(seq, _Page)
                 length, fate = seq.fate[-1]
@@ -547,14 +547,13 @@ class _Simulation:
         """Femtoseconds of a step: that of the plan, and of parked sequences (`rows`, with `context` tokens)."""
         cost, totals, e = self.cost, self.totals, self.cost.efficiency
         prefilled = wanted = attention = 0
-        for seq, n in plan.work:
-            start = seq.num_computed
+        for seq, start, n, drafted in plan.work:
             if seq.draft or (n == 1 and start >= seq.num_prompt):
                 rows += 1
                 context += start + n
                 continue
             prefilled += n
-            wanted += start + n >= len(seq.token_ids)
+            wanted += drafted >= 0
             attention += round(cost.chunk_s(start, n) * _FS)
             if seq.num_preemptions:
                 totals.recomputed += n

@@ -160,7 +160,7 @@ def sample(
                 row = first + i
                 if not state.plain_greedy:
                     allowed = None if mask is None else mask[row]
-                    best[row] = _choose(logits[row], state, [*history, *draft[:i]], allowed)
+                    best[row] = int(_choose(logits[row], state, [*history, *draft[:i]], allowed))
                     best_logprobs[row] = torch.log_softmax(logits[row], -1)[best[row]].item()
                 ids.append(best[row])
                 if i < len(draft) and draft[i] != ids[i]:
@@ -171,8 +171,24 @@ def sample(
     return chosen, chosen_logprobs
 
 
-def _choose(logits: Tensor, state: SamplingState, history: Sequence[int], mask: Tensor | None) -> int:
-    """Choose one token of one row, `[V]`."""
+def choose(
+    logits: Tensor, wants: Sequence[Want | None], greedy: Greedy, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """`sample` without drafts and given tokens, that waits for no device: its tokens, int64 `[R]`, and log-probabilities, `[R]`.
+
+    There is one row for each want; where that is None, nobody looks at what is chosen.
+    """
+    tokens, logprobs = greedy(logits, mask)
+    for row, want in enumerate(wants):
+        if want is not None and not want.state.plain_greedy:
+            token = _choose(logits[row], want.state, want.history, None if mask is None else mask[row])
+            tokens[row] = token
+            logprobs[row] = torch.log_softmax(logits[row], -1).take(token)
+    return tokens, logprobs
+
+
+def _choose(logits: Tensor, state: SamplingState, history: Sequence[int], mask: Tensor | None) -> Tensor:
+    """Choose one token, int64 `[]`, of one row, `[V]`. Nothing here looks at a value that a device has still to compute."""
     p = state.params
     scores = logits.double()
     if p.repetition_penalty != 1.0:
@@ -185,15 +201,15 @@ def _choose(logits: Tensor, state: SamplingState, history: Sequence[int], mask: 
             (mask[token // 32] >> (token % 32).to(torch.int32)) & 1 == 0, float("-inf")
         )
     if state.random is None:
-        return int(scores.argmax())
+        return scores.argmax()
     scores = scores / p.temperature
     if p.top_k and p.top_k < len(scores):
         scores = torch.where(scores < scores.topk(p.top_k).values[-1], float("-inf"), scores)
     ordered, ids = scores.sort(descending=True, stable=True)
     probabilities = ordered.softmax(-1)
     cumulative = probabilities.cumsum(-1)
+    last = torch.full((), len(ids) - 1, device=scores.device)  # that may be drawn
     if p.top_p < 1.0:
-        keep = int((cumulative - probabilities < p.top_p).sum())
-        cumulative = cumulative[: max(keep, 1)]
-    draw = state.random.random() * float(cumulative[-1])
-    return int(ids[min(int(torch.searchsorted(cumulative, draw, right=True)), len(cumulative) - 1)])
+        last = (cumulative - probabilities < p.top_p).sum().clamp(min=1) - 1
+    draw = state.random.random() * cumulative.take(last)
+    return ids.take(torch.minimum(torch.searchsorted(cumulative, draw, right=True), last))

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pagemill.gpu import to_device
 from pagemill.kernels import Kernels, PackedLinear, Scheme
 from pagemill.model.config import VisionConfig
 from pagemill.model.packed import PackedWeights
@@ -64,11 +65,11 @@ def lay_out(c: VisionConfig, grid: Grid, device: torch.device) -> Layout:
     ]
     order = np.concatenate(windows)
     unit = merge * merge
-    patches = torch.from_numpy((order[:, None] * unit + np.arange(unit)).reshape(-1)).to(device)
-    angles = vision_angles(grid, merge, c.head_dim, c.rope_theta).to(device)[patches]
+    patches = torch.from_numpy((order[:, None] * unit + np.arange(unit)).reshape(-1))
+    angles = to_device(vision_angles(grid, merge, c.head_dim, c.rope_theta)[patches], device)
     return Layout(
-        order=patches,
-        cell_inverse=torch.from_numpy(np.argsort(order)).to(device),
+        order=to_device(patches, device),
+        cell_inverse=to_device(torch.from_numpy(np.argsort(order)), device),
         window_lengths=tuple(len(window) * unit for window in windows),
         frame_lengths=(h * w,) * t,
         cos=angles.cos(),
@@ -140,7 +141,8 @@ class VisionTower:
         self._layout = lru_cache(maxsize=32)(lambda grid: lay_out(config, grid, device))
 
     def _offsets(self, lengths: Sequence[int]) -> Tensor:
-        return torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)).to(self.device)
+        offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+        return to_device(torch.from_numpy(offsets), self.device)
 
     @torch.inference_mode()
     def __call__(self, images: Sequence[tuple[Tensor, Tensor, Grid]]) -> list[Tensor]:
@@ -157,8 +159,8 @@ class VisionTower:
         first = 0
         for (patches, levels, _), layout in zip(images, layouts, strict=True):
             rows = x[first : first + len(layout.order)]
-            levels = levels.to(self.device, self.dtype)
-            k.pixel_values(patches.to(self.device), layout.order, levels, c.temporal_patch_size, rows)
+            levels = to_device(levels.to(self.dtype), self.device)
+            k.pixel_values(to_device(patches, self.device), layout.order, levels, c.temporal_patch_size, rows)
             first += len(rows)
         angles = (
             torch.cat([layout.cos for layout in layouts]),

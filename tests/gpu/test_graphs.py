@@ -107,7 +107,7 @@ def test_padded_steps_give_the_same_tokens(tmp_path: Path, monkeypatch: pytest.M
             monkeypatch.setattr("pagemill.graphs.ladder", lambda most: [4])
             monkeypatch.setattr("pagemill.core.EngineCore._needed", lambda self, gpu, free: 0)
         world = World(tmp_path / kind, kind)
-        core = world.core(max_num_seqs=2)
+        core = world.core(max_num_seqs=2, overlap=False)
         seqs = [world.add(core, ask, ignore_eos=True, drafts="off") for ask in asks]
         core.step()
         if kind == "triton":
