@@ -3,8 +3,9 @@
     python bench/gpu_report.py [-o out/gpu.md] [--checkpoint out/random-3b] [--only NAME ...]
 
 In turn: the kernels' tests on the device (`tests/gpu`: against float64, in bfloat16 too), the kernel benchmarks, the machine
-code of every configuration (`bench/codegen.py`), and pages/s with a random checkpoint of the 3B's shape. Each is a section of the
-report, which is written again after every one. A command that fails does not keep the others from running.
+code of every configuration (`bench/codegen.py`), pages/s with a random checkpoint of the 3B's shape, and what goes by between its
+steps (`bench/overlap.py`). Each is a section of the report, which is written again after every one. A command that fails does not
+keep the others from running.
 
 Exit code 0: all went well. 1: a command failed. 2: there is no GPU.
 """
@@ -46,6 +47,11 @@ def steps(out: Path, checkpoint: Path) -> list[Step]:
     read = [python, "-m", "pagemill", "bench", "--model", str(checkpoint), "--device", "cuda", "--pages", "192",
             "--max-new-tokens", "512", "--guidance", "off", "--guard", "off", "--drafts", "off",
             "--sweep", "concurrency=1,16,64", "--sweep", "quantize=none,int8,int4", "-o", pages]  # fmt: skip
+
+    def overlap(quantize: str) -> list[str]:
+        return [python, "bench/overlap.py", "--checkpoint", str(checkpoint), "--quantize", quantize, "--json",
+                str(folder / f"gpu-overlap-{quantize}.json")]  # fmt: skip
+
     return [
         Step("tests", "Kernels against float64 on the device", [[python, "-m", "pytest", "tests/gpu"]], 3600),
         Step(
@@ -68,6 +74,12 @@ def steps(out: Path, checkpoint: Path) -> list[Step]:
             "Pages a second, random weights of the 3B's shape",
             ([] if (checkpoint / "config.json").exists() else [make]) + [read],
             7200,
+        ),
+        Step(
+            "overlap",
+            "What goes by between steps: recorded, planned ahead",
+            [overlap("none"), overlap("int4")],
+            3600,
         ),
     ]
 
@@ -131,10 +143,13 @@ def main() -> int:
     )
     parser.add_argument("-o", "--output", type=Path, default=ROOT / "out" / "gpu.md")
     parser.add_argument(
-        "--checkpoint", type=Path, default=ROOT / "out" / "random-3b", help="made if it is not there"
+        "--checkpoint",
+        type=Path,
+        default=ROOT / "out" / "random-3b",
+        help="made by the step pages if it is not there",
     )
     parser.add_argument(
-        "--only", nargs="*", default=[], help="names of steps: tests, kernels, codegen, pages"
+        "--only", nargs="*", default=[], help="names of steps: tests, kernels, codegen, pages, overlap"
     )
     asked = parser.parse_args()
     if not torch.cuda.is_available():

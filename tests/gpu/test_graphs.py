@@ -126,11 +126,11 @@ def test_padded_steps_give_the_same_tokens(tmp_path: Path, monkeypatch: pytest.M
 @pytest.mark.skipif(not ON_GPU, reason="CUDA records nothing of the interpreter")
 @pytest.mark.parametrize("quantize", ["none", "int4"])
 def test_pages_are_read_as_without_graphs(quantize: str) -> None:
-    """Really recorded, really replayed: batches of 1 to 6 pages that come and go."""
+    """Really recorded, really replayed, planned ahead: batches of 1 to 3 pages that come and go, images encoded beside them."""
     found = []
     for graphs in (False, True):
-        options = dict(device=str(DEVICE), dtype="float32", quantize=quantize, max_num_seqs=6)
-        with Engine.from_pretrained(**options, cuda_graphs=graphs) as engine:
+        options = dict(device=str(DEVICE), dtype="float32", quantize=quantize, max_num_seqs=3)
+        with Engine.from_pretrained(**options, cuda_graphs=graphs, overlap=graphs) as engine:
             assert (engine.core.runner._graphs is not None) == graphs
             pages = engine.read(list(map(str, PAGES)), params=SamplingParams(drafts="off"))
             found.append({page.source: (page.raw, page.error) for page in pages})
@@ -148,3 +148,28 @@ def test_the_device_tells_its_memory() -> None:
     assert 300 << 20 <= gpu.peak(take) < 400 << 20
     free, total = gpu.memory()
     assert 0 < free <= total
+
+
+@pytest.mark.skipif(not ON_GPU, reason="the CPU has no streams")
+def test_what_runs_beside_is_waited_for() -> None:
+    """A second stream is busy for a while when its result is read, and when its memory is given back."""
+    gpu = Gpu(torch.device("cuda", 0))
+    x = torch.randn(4096, 4096, device=gpu.device)
+
+    def run() -> list[torch.Tensor]:
+        y = x
+        for _ in range(20):
+            y = (y @ x) / 64
+        return [y, y + 1]
+
+    wanted = [tensor.clone() for tensor in run()]
+    for _ in range(3):
+        (first, second), join = gpu.beside(run)
+        join(first)
+        copy = first.clone()
+        del first
+        join(second)
+        wait = gpu.fetch(copy, second)
+        found = wait()
+        for ours, theirs in zip(found, wanted, strict=True):
+            assert torch.equal(ours, theirs.cpu())
