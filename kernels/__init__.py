@@ -8,7 +8,7 @@ native op writes shares memory with no other argument. No other thread may write
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -58,7 +58,8 @@ class PackSwigluOp(Protocol):
 
 
 class PackQuantizedOp(Protocol):
-    """`pack_quantized(q, scales, zeros, bias, group=128, gated=False, order=None)`; int8 `q` takes None for `zeros`."""
+    """`pack_quantized(q, scales, zeros, bias, group=128, gated=False, order=None)`; int8 `q` takes None for `zeros`, and so does
+    float8_e4m3fn where `Kernels.fp8_weights` says so."""
 
     def __call__(
         self,
@@ -169,6 +170,8 @@ class Kernels:
     kv_cache_shapes: Callable[[int, int, int, int], tuple[Shape4, Shape4]]
     quantised_kv: tuple[torch.dtype, ...]
     """What the KV cache may be stored in besides the compute dtype."""
+    fp8_weights: bool = field(default=False, kw_only=True)
+    """Whether `pack_quantized` takes float8_e4m3fn `[N, K]` with a scale a row; x is rounded likewise (W8A8)."""
     implementations: Mapping[str, str]
     capturable: bool = False
     """Whether a CUDA graph can record the ops: none of them looks at a value, which would wait for the device."""
@@ -274,7 +277,8 @@ def _triton_over(reference: Kernels, device: torch.device, dtype: torch.dtype) -
 
     how = "triton (interpreted)" if interpreted else "triton"
     fields: dict[str, Any] = dict(ops(dtype))
-    fields |= {"quantised_kv": quantised_kv, "implementations": dict.fromkeys(_OPS, how), "capturable": True}
+    fields |= {"quantised_kv": quantised_kv, "fp8_weights": torch.float8_e4m3fn in quantised_kv}
+    fields |= {"implementations": dict.fromkeys(_OPS, how), "capturable": True}
     return replace(reference, **fields)
 
 

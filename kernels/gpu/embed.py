@@ -1,4 +1,4 @@
-"""Token embeddings merged with image embeddings in one pass; rows of int8 weights are multiplied by their scale."""
+"""Token embeddings merged with image embeddings in one pass; rows of int8 and fp8 weights are multiplied by their scale."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def embed(
     dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Rows `ids [T]` (int64, not checked) of `weight [V, >= hidden]`: `[T, hidden]`; but row `image_index[t]` (int32, -1: none)
-    of `images [I, hidden]` where it is given. `scales [V]` float32 of int8 weights, and then the `dtype` of the result."""
+    of `images [I, hidden]` where it is given. int8 and fp8 weights have float32 `scales [V]`, and then the result's `dtype`."""
     tokens = ids.shape[0]
     out = torch.empty(tokens, hidden, dtype=dtype or weight.dtype, device=weight.device)
     if tokens:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pagemill.kernels.attention import Shape4
-from pagemill.kernels.check import expect
+from pagemill.kernels.check import expect, expect_tensor
 from pagemill.kernels.gpu import (
     activation,
     angles,
@@ -123,8 +123,13 @@ def pack_quantized(
     gated: bool = False,
     order: Tensor | None = None,
 ) -> PackedLinear:
-    """`pack_quantized_reference`."""
-    check_quantized(q, scales, zeros, bias, group, gated, order)
+    """`pack_quantized_reference`; also of float8_e4m3fn `q` with a scale a row, and x rounded likewise."""
+    if q.dtype == torch.float8_e4m3fn:
+        expect_tensor("q", q, q.dtype, (None, None))
+        expect_tensor("scales", scales, torch.float32, (len(q),))
+        expect(zeros is None and order is None, "zeros and order", "None beside float8", "a tensor")
+    else:
+        check_quantized(q, scales, zeros, bias, group, gated, order)
     bias, scales = None if bias is None else bias.to(dtype), scales.float()
     if zeros is None:
         packed = linear.pack_scaled(q, scales, bias, gated=gated)
@@ -153,7 +158,7 @@ def _linear_swiglu(x: Tensor, packed: PackedLinear, *, norm: Norm | None = None)
 def _embed(
     ids: Tensor, packed: PackedLinear, image_index: Tensor | None = None, images: Tensor | None = None
 ) -> Tensor:
-    expect(packed.scheme in ("plain", "int8"), "packed", "a plain or int8 matrix", packed.scheme)
+    expect(packed.scheme in ("plain", "int8", "fp8"), "packed", "a plain, int8 or fp8 matrix", packed.scheme)
     return embed.embed(
         ids, packed.weight, packed.in_features, image_index, images, scales=packed.scales, dtype=packed.dtype
     )

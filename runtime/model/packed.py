@@ -59,6 +59,7 @@ _DTYPES = {
     "I32": torch.int32,
     "I16": torch.int16,
     "I8": torch.int8,
+    "F8_E4M3": torch.float8_e4m3fn,
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
@@ -125,7 +126,7 @@ def content_digest(files: Iterable[Path]) -> str:
 
 def _layout_digest(kernels: Kernels) -> str:
     """Return a digest of how these kernels pack: of small matrices, packed. Another layout or dtype gives another one."""
-    digest = hashlib.sha256(kernels.implementations["linear"].encode())
+    digest = hashlib.sha256(f"{kernels.implementations['linear']} {kernels.fp8_weights}".encode())
     for (n, k), scheme in itertools.product(((70, 37), (128, 256)), get_args(Scheme)):
         numbers = (torch.arange(n * k, dtype=torch.float32) * 0.7).sin()
         weight, bias = numbers.view(n, k), numbers[:n]

@@ -1,7 +1,8 @@
 """A stored weight to a packed one: each format's integers into one form, that into the kernels' layout, a module at a time.
 
 Where the kernels have no layout for it (8-bit groups, 8-bit with zero points, groups of no multiple of 32, parts of a stack that
-are stored differently) a weight becomes the compute dtype, and so does fp8: exact but for that rounding.
+are stored differently; fp8 in blocks, and all fp8 where the device has no arithmetic for it) a weight becomes the compute dtype:
+exact but for that rounding.
 """
 
 from __future__ import annotations
@@ -84,6 +85,33 @@ class Integers:
         ), order
 
 
+@dataclass
+class Float8:
+    """A weight `q * scales`: float8_e4m3fn `q [N, K]`, float32 `scales [N / rows, K / columns]`, rounded up."""
+
+    q: Tensor
+    scales: Tensor
+    rows: int
+    columns: int
+
+    def dequantized(self, dtype: torch.dtype) -> Tensor:
+        """The weight `[N, K]`, computed in float32, rounded to `dtype`."""
+        n, k = self.q.shape
+        out = torch.empty(n, k, dtype=dtype)
+        across, step = torch.arange(k) // self.columns, max(1, _PIECE // k)
+        for first in range(0, n, step):
+            down = torch.arange(first, min(first + step, n)) // self.rows
+            scale = self.scales[down] if self.scales.shape[1] == 1 else self.scales[down][:, across]
+            out[first : first + step] = self.q[first : first + step].float() * scale
+        return out
+
+    def of_rows(self) -> Tensor | None:
+        """A scale for each row, `[N]`, where that says the same."""
+        if self.scales.shape[1] != 1:
+            return None
+        return self.scales[torch.arange(len(self.q)) // self.rows, 0].contiguous()
+
+
 # Words
 
 
@@ -106,8 +134,8 @@ def awq_nibbles(words: Tensor) -> Tensor:
 # Formats
 
 
-def read_weight(checkpoint: Checkpoint, module: str, dtype: torch.dtype) -> Integers | Tensor:
-    """Return a module's weight: integers as they are stored, else a tensor `[N, ...]` (of fp8: in `dtype`).
+def read_weight(checkpoint: Checkpoint, module: str) -> Integers | Float8 | Tensor:
+    """Return a module's weight: integers and fp8 as they are stored, else a tensor `[N, ...]`.
 
     Raises CheckpointError for values that cannot be.
     """
@@ -127,7 +155,7 @@ def read_weight(checkpoint: Checkpoint, module: str, dtype: torch.dtype) -> Inte
     scales = _finite(name, scales).view(down, across)
     rows, columns = stored.rows or n, stored.columns or k
     if stored.layout == "fp8":
-        return _fp8(checkpoint.read(f"{module}.weight"), scales, rows, columns, dtype)
+        return Float8(checkpoint.read(f"{module}.weight"), scales, rows, columns)
     half = 1 << (stored.bits - 1)
     index = None
     if stored.layout == "packed":
@@ -195,17 +223,6 @@ def _index(name: str, index: Tensor, groups: int) -> Tensor | None:
     return index.long()
 
 
-def _fp8(weight: Tensor, scales: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-    n, k = weight.shape
-    out = torch.empty(n, k, dtype=dtype)
-    across, step = torch.arange(k) // columns, max(1, _PIECE // k)
-    for first in range(0, n, step):
-        down = torch.arange(first, min(first + step, n)) // rows
-        scale = scales[down] if scales.shape[1] == 1 else scales[down][:, across]
-        out[first : first + step] = weight[first : first + step].float() * scale
-    return out
-
-
 # Packing
 
 
@@ -264,7 +281,7 @@ def _pack(
     scheme: Scheme,
     gated: bool,
 ) -> PackedLinear:
-    parts = [read_weight(checkpoint, module, dtype) for module in modules]
+    parts = [read_weight(checkpoint, module) for module in modules]
     bias = _bias(checkpoint, modules, has_bias)
     bias = None if bias is None else bias.to(device)
     integers = [part for part in parts if isinstance(part, Integers)]
@@ -283,8 +300,15 @@ def _pack(
                 q, scales, zeros, bias, group=grouped[0][0].group, gated=gated,
                 order=None if order is None else order.to(device),
             )  # fmt: skip
+    floats = [part for part in parts if isinstance(part, Float8)]
+    if kernels.fp8_weights and scheme == "plain" and len(floats) == len(parts):
+        of_rows = [each for part in floats if (each := part.of_rows()) is not None]
+        if len(of_rows) == len(parts):
+            q = torch.cat([part.q.view(torch.uint8) for part in floats]).view(torch.float8_e4m3fn)
+            scales = torch.cat(of_rows)
+            return kernels.pack_quantized(q.to(device), scales.to(device), None, bias, gated=gated)
     plain = [
-        (part.dequantized(dtype) if isinstance(part, Integers) else part.flatten(1)).to(device)
+        (part.flatten(1) if isinstance(part, Tensor) else part.dequantized(dtype)).to(device)
         for part in parts
     ]
     if integers:

@@ -1,17 +1,23 @@
 """The Triton kernels as `select` gives them, against the reference under the same contract; and a page read with them."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from make_checkpoint import PRESETS, write_checkpoint
 from micro import IMAGE, Ask, World, drain
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pagemill import Engine, SamplingParams
 from pagemill.errors import KernelUnavailable
-from pagemill.kernels import QUANTISED_KV, Kernels, Scheme, kv_scale_shape, select
+from pagemill.kernels import QUANTISED_KV, Kernels, LayerCache, Scheme, kv_scale_shape, select
+from pagemill.model.config import read_config
+from pagemill.model.decoder import RaggedBatch
+from pagemill.model.loader import load_model
 from tests.gpu.conftest import DEVICE, ON_GPU, needs_fp8
 
 PAGE = Path(__file__).parents[2] / "bench" / "pages" / "form_24.png"
@@ -69,6 +75,83 @@ def test_weights_that_are_int4_already(triton: Kernels, reference: Kernels) -> N
         assert off(*y) < 0.02
     with pytest.raises(ValueError, match="zeros"):
         triton.pack_quantized(q, scales, zeros + 16, None, group=32)
+
+
+@needs_fp8
+def test_weights_that_are_fp8_already(triton: Kernels) -> None:
+    """Rows of x are rounded to e4m3, too: against that in float64."""
+    q, scales, bias = torch.randn(60, 100).to(torch.float8_e4m3fn), torch.rand(60) + 0.1, torch.randn(60)
+    x = torch.randn(3, 100)
+    step = x.abs().amax(1, keepdim=True) / 448
+    rounded = (x / step).to(torch.float8_e4m3fn).double() * step
+    wanted = (rounded @ (q.double() * scales.double()[:, None]).T + bias).float()
+    packed = triton.pack_quantized(q, scales, None, bias)
+    assert packed.scheme == "fp8"
+    assert off(triton.linear(x, packed), wanted) < 1e-5
+    gate, up = wanted.double().chunk(2, 1)
+    pair = triton.pack_quantized(q, scales, None, bias, gated=True)
+    assert off(triton.linear_swiglu(x, pair), (torch.nn.functional.silu(gate) * up).float()) < 1e-5
+    ids = torch.tensor([3, 0, 59])
+    assert torch.equal(triton.embed(ids, packed), q[ids].float() * scales[ids, None])
+    with pytest.raises(ValueError, match="scales"):
+        triton.pack_quantized(q, scales[:, None], None, None)
+    with pytest.raises(ValueError, match="None beside float8"):
+        triton.pack_quantized(q, scales, None, None, order=torch.arange(100))
+
+
+def as_fp8(folder: Path) -> None:
+    """Store the decoder's layers in e4m3: a scale a row, but for gate and up: one of the tensor; and down in blocks."""
+    tensors, groups = load_file(folder / "model.safetensors"), {}
+    for name in [name for name in tensors if "layers." in name and name.endswith("_proj.weight")]:
+        weight, module = tensors.pop(name).float(), name.removesuffix(".weight")
+        kind = module.rpartition(".")[2]
+        strategy = {"gate_proj": "tensor", "up_proj": "tensor", "down_proj": "block"}.get(kind, "channel")
+        scale = {
+            "channel": weight.abs().amax(1, keepdim=True) / 448,
+            "tensor": weight.abs().max().view(1) / 448,
+            "block": torch.full((-(-weight.shape[0] // 16), -(-weight.shape[1] // 16)), 0.01),
+        }[strategy]
+        q = (weight / (0.01 if strategy == "block" else scale)).clamp(-448, 448).to(torch.float8_e4m3fn)
+        tensors |= {f"{module}.weight": q, f"{module}.weight_scale": scale}
+        weights = dict(num_bits=8, type="float", strategy=strategy)
+        if strategy == "block":
+            weights["block_structure"] = [16, 16]
+        group = groups.setdefault(strategy, dict(targets=[], weights=weights))
+        group["targets"].append(module)
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = dict(quant_method="compressed-tensors", config_groups=groups)
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(tensors, folder / "model.safetensors")
+
+
+@needs_fp8
+def test_a_checkpoint_in_fp8_is_multiplied_in_fp8(tmp_path: Path) -> None:
+    """Where scales are of rows or the tensor; blocks become the compute dtype. The reference multiplies what they stand for."""
+    logits = []
+    for kind in ("triton", "reference"):
+        folder = write_checkpoint(tmp_path / kind, *PRESETS["micro"], std=0.25, dtype=torch.float32)
+        as_fp8(folder)
+        config, kernels = read_config(folder), select(kind, DEVICE, torch.float32)
+        model = load_model(folder, config, kernels, DEVICE, torch.float32)
+        layer, text = model.decoder.layers[0], config.text
+        found = [each.scheme for each in (layer.qkv, layer.out, layer.gate_up, layer.down)]
+        assert found == (["fp8"] * 3 + ["plain"] if kind == "triton" else ["plain"] * 4)
+        assert ("float32 and fp8" in model.checkpoint) == (kind == "triton")
+        k_shape, v_shape = kernels.kv_cache_shapes(2, text.num_kv_heads, text.head_dim, 16)
+        cache = [LayerCache(torch.zeros(k_shape), torch.zeros(v_shape)) for _ in range(text.num_layers)]
+        rows = torch.arange(9)
+        batch = RaggedBatch(
+            token_ids=rows,
+            positions=rows.expand(3, 9).contiguous(),
+            max_position=8,
+            slots=rows,
+            query_start=torch.tensor([0, 9], dtype=torch.int32),
+            context_lens=torch.tensor([9], dtype=torch.int32),
+            block_tables=torch.tensor([[0]], dtype=torch.int32),
+            logit_rows=rows,
+        )
+        logits.append(model.decoder(batch, cache))
+    assert off(*logits) < 0.1
 
 
 @pytest.mark.parametrize("scheme", ["plain", "int8"])

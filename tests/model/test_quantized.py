@@ -20,7 +20,7 @@ from pagemill.model.config import read_config
 from pagemill.model.loader import find_checkpoint, load_model
 from pagemill.model.patterns import Pattern
 from pagemill.model.quantized import Stored
-from pagemill.model.unpack import Integers, awq_nibbles, fields, nibbles, read_weight, what_is_stored
+from pagemill.model.unpack import awq_nibbles, fields, nibbles, read_weight, what_is_stored
 from pagemill.model.weights import Checkpoint
 
 CPU = torch.device("cpu")
@@ -189,8 +189,8 @@ def test_a_checkpoint_stands_for_its_weights(plain, tmp_path, form):
     checkpoint = Checkpoint(tmp_path, read_config(tmp_path))
     assert checkpoint.stored.keys() == {m.replace("model.", "text.") for m in LINEARS}
     for module, wanted in weights.items():
-        found = read_weight(checkpoint, module.replace("model.", "text."), torch.float32)
-        found = found.dequantized(torch.float32) if isinstance(found, Integers) else found
+        found = read_weight(checkpoint, module.replace("model.", "text."))
+        found = found if isinstance(found, torch.Tensor) else found.dequantized(torch.float32)
         torch.testing.assert_close(found.double(), wanted, rtol=1e-6, atol=0)
     model = load(tmp_path)
     assert model.checkpoint.endswith(f"the decoder runs in {runs}")
@@ -431,8 +431,8 @@ def test_the_libraries_own_weights(form):
     tensors = {name.split("/")[1]: value for name, value in stored.items() if name.split("/")[0] == form}
     wanted = tensors.pop("wanted")
     shape = (tensors["scales"].shape[1], 256) if "scales" in tensors else tuple(wanted.shape)
-    found = read_weight(OneModule(tensors, GOLDEN[form], shape), "m", torch.float32)
-    found = found.dequantized(torch.float32) if isinstance(found, Integers) else found
+    found = read_weight(OneModule(tensors, GOLDEN[form], shape), "m")
+    found = found if isinstance(found, torch.Tensor) else found.dequantized(torch.float32)
     torch.testing.assert_close(found[: len(wanted)], wanted, rtol=2e-6, atol=1e-7)
 
 
