@@ -151,7 +151,7 @@ def test_a_checkpoint_in_fp8_is_multiplied_in_fp8(tmp_path: Path) -> None:
             logit_rows=rows,
         )
         logits.append(model.decoder(batch, cache))
-    assert off(*logits) < 0.1
+    assert off(*logits) < 0.2  # scales of other rows: 0.8
 
 
 @pytest.mark.parametrize("scheme", ["plain", "int8"])
