@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import warnings
 from collections.abc import Mapping
@@ -19,6 +18,7 @@ from typing import Any
 
 import triton
 
+from pagemill.files import written_whole
 from pagemill.folders import cache_folder
 from pagemill.kernels.gpu import configs
 from pagemill.kernels.gpu.configs import AttentionTile, Card, MatmulTile
@@ -124,9 +124,8 @@ def save(card_name: str, tuned: Tuned) -> Path:
         "wide_rows": tuned.wide_rows,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    part.write_text(json.dumps(content, indent=1), encoding="utf-8")
-    part.replace(path)
+    with written_whole(path) as file:
+        file.write_text(json.dumps(content, indent=1), encoding="utf-8")
     return path
 
 

@@ -49,7 +49,6 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -67,6 +66,7 @@ from pagemill.cost.environment import environment
 from pagemill.cost.meters import EnergyMeter, MemoryMeter
 from pagemill.cost.workload import Settings, Workload
 from pagemill.errors import ConfigError, PageError, printable
+from pagemill.files import written_whole
 from pagemill.pages.source import PageRef
 from pagemill.results import PageResult
 from pagemill.score import Reading, Truth, score, summarize
@@ -388,14 +388,9 @@ def _point(
 
 def write(result: Mapping[str, Any], path: str) -> None:
     """Write a result file, whole or not at all. Raises `ConfigError` where it cannot."""
-    target = Path(path)
     try:
-        with tempfile.NamedTemporaryFile(
-            "w", dir=target.parent, prefix=f".{target.name}.", delete=False, encoding="utf-8"
-        ) as file:
+        with written_whole(Path(path)) as beside, open(beside, "w", encoding="utf-8") as file:
             json.dump(result, file, indent=1, ensure_ascii=False, allow_nan=False)
-        os.chmod(file.name, 0o644)
-        os.replace(file.name, target)
     except OSError as error:
         raise ConfigError(f"{printable(path)} cannot be written: {error.strerror or error}.") from None
 

@@ -14,14 +14,13 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import os
-import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import lru_cache
 from importlib.resources import files as resources
+from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, StrictUndefined, Template
@@ -45,6 +44,7 @@ from pagemill.cost.resultfile import (
 from pagemill.cost.verdict import NEAR, choose, frontier, judge, volumes
 from pagemill.decode.page import FIELDS
 from pagemill.errors import OutputError, printable
+from pagemill.files import written_whole
 
 PAGES_PER_MONTH = 2_000_000
 MOST_PAGES_PER_MONTH = 10**12
@@ -73,17 +73,9 @@ def write(
     _may_replace(output)
     page = render(load(paths, usd_per_hour), pages_per_month=pages_per_month, title=title)
     data = page.encode("utf-8")
-    folder = os.path.dirname(os.path.abspath(output))
     try:
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=".report-", delete=False) as file:
-            try:
-                file.write(data)
-                file.flush()
-                os.fchmod(file.fileno(), 0o666 & ~_umask())
-                os.replace(file.name, output)
-            except BaseException:
-                os.unlink(file.name)
-                raise
+        with written_whole(Path(output)) as file:
+            file.write_bytes(data)
     except OSError as error:
         raise OutputError(f"{printable(output)} cannot be written: {error.strerror}.") from None
     return len(data)
@@ -416,12 +408,6 @@ def _asset(name: str) -> str:
 @lru_cache(maxsize=8)
 def _hash(script: str) -> str:
     return "sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _may_replace(output: str) -> None:

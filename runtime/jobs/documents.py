@@ -3,33 +3,21 @@
 from __future__ import annotations
 
 import json
-import os
-import secrets
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from pagemill.errors import printable
-from pagemill.jobs.journal import sync_folder
+from pagemill.files import written_whole
 
 Record = dict[str, Any]
 
 
 def write_atomically(path: Path, chunks: Iterable[str]) -> None:
-    """Write `path` whole or not at all: a file beside it, fsync, rename. Raises OSError."""
-    beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    file = open(beside, "xb")  # noqa: SIM115, and never over a file that is somebody's
-    try:
-        with file:
-            for chunk in chunks:
-                file.write(chunk.encode("utf-8", "backslashreplace"))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    except BaseException:
-        beside.unlink(missing_ok=True)
-        raise
-    sync_folder(path)
+    """Write a document whole or not at all (`written_whole`). Raises OSError."""
+    with written_whole(path) as beside, open(beside, "wb") as file:
+        for chunk in chunks:
+            file.write(chunk.encode("utf-8", "backslashreplace"))
 
 
 def as_json(records: Iterable[Record]) -> Iterator[str]:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from pagemill.errors import OutputError
+from pagemill.files import sync_folder
 from pagemill.jobs.inputs import PageKey, page_key
 from pagemill.results import PageResult
 
@@ -250,12 +251,3 @@ def _open_locked(path: Path) -> int:
 def cannot_write(path: Path | str, error: OSError, hint: str = "") -> OutputError:
     """Return the sentence for a write that the system refused."""
     return OutputError(f"cannot write {path}: {error.strerror or error}{hint}.")
-
-
-def sync_folder(path: Path) -> None:
-    """Make a new name of a file durable: its folder has to reach the disk as well."""
-    fd = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

@@ -41,6 +41,7 @@ from torch import Tensor
 
 from pagemill import folders
 from pagemill.errors import PagemillError, sentence
+from pagemill.files import sync_folder
 from pagemill.kernels import Kernels, PackedLinear, Scheme
 from pagemill.model.config import ModelConfig
 from pagemill.model.weights import Checkpoint
@@ -295,11 +296,7 @@ def save(path: Path, items: Mapping[str, Item]) -> None:
         raise
     finally:
         os.close(fd)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    sync_folder(path)
 
 
 def load(path: Path) -> dict[str, Item]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pagemill.jobs.documents import write_atomically
+from pagemill.files import written_whole
 
 _FORMS = {
     "int4": "4-bit weights in groups, 16-bit activations (W4A16; pagemill on a CPU: 8-bit activations)",
@@ -17,7 +17,8 @@ _FORMS = {
 
 def write_readme(folder: Path, card: Mapping[str, Any]) -> None:
     """Write README.md, all of it or nothing."""
-    write_atomically(folder / "README.md", [readme(card)])
+    with written_whole(folder / "README.md") as file:
+        file.write_text(readme(card), "utf-8", "backslashreplace")
 
 
 def readme(card: Mapping[str, Any]) -> str:

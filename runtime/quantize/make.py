@@ -295,13 +295,14 @@ def make(
                 f"{partial.folder} has {free / 1e9:.1f} GB free, up to {(size + _SPARE) / 1e9:.1f} are needed"
             )
         with partial.locked():
+            for pattern in (".pagemill-*.tmp", ".tmp*"):  # of writers that were killed, ours and safetensors'
+                for torn in partial.folder.glob(pattern):
+                    torn.unlink()
             card = _run(job, pages, checkpoint, partial, described, on_unit)
             complete(partial.folder, card)
             write_json(partial.folder / CARD_FILE, card)
             for left in ("state.json", "lock", partial.state["states"]):
                 (partial.folder / left).unlink(missing_ok=True)
-            for torn in partial.folder.glob(".*.tmp"):  # of writers that were killed
-                torn.unlink()
             os.rename(partial.folder, job.out)
     finally:
         checkpoint.close()

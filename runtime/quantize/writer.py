@@ -8,7 +8,6 @@ their zero points likewise, eight rows a word. int8 and e4m3 weights lie as they
 from __future__ import annotations
 
 import json
-import os
 import struct
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pagemill.jobs.documents import write_atomically
+from pagemill.files import written_whole
 from pagemill.quantize.search import Rounded
 
 FORMATS = {"int4": "pack-quantized", "int8": "int-quantized", "fp8": "float-quantized"}
@@ -109,14 +108,8 @@ def _escaped(name: str) -> str:
 
 def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write one file of tensors, all of it or nothing."""
-    part = path.with_name(f"{path.name}.part")
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part, {"format": "pt"})
-    umask = os.umask(0)
-    os.umask(umask)
-    with open(part, "rb+") as file:
-        os.fchmod(file.fileno(), 0o666 & ~umask)  # the library's own is for the user alone
-        os.fsync(file.fileno())
-    os.replace(part, path)
+    with written_whole(path) as file:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file, {"format": "pt"})
 
 
 def header(path: Path) -> tuple[list[str], int]:
@@ -129,4 +122,6 @@ def header(path: Path) -> tuple[list[str], int]:
 
 def write_json(path: Path, value: Any) -> None:
     """Write one JSON file, all of it or nothing."""
-    write_atomically(path, [json.dumps(value, ensure_ascii=False, indent=2), "\n"])
+    with written_whole(path) as file:
+        text = json.dumps(value, ensure_ascii=False, indent=2) + "\n"
+        file.write_text(text, "utf-8", "backslashreplace")  # names of files may be no UTF-8

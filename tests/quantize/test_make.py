@@ -236,6 +236,8 @@ def test_a_run_that_was_killed_goes_on_where_it_was(model, pages, tmp_path, monk
         )
     assert partial.exists()
     assert not cut.exists()
+    for torn in (".pagemill-0.tmp", ".tmpA1b2C3"):  # of a writer that was killed; the second is safetensors'
+        (partial / torn).touch()
     make(job(model, cut, "mixed"), pages, {}, lambda unit, done, total: started.append(unit))
     assert [unit for unit in started if unit != "the rest"] == [
         names[0], names[1], names[1], names[2], names[2], *names[3:],
