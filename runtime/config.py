@@ -19,6 +19,11 @@ def default_fraction(device: str) -> float:
     return 0.3 if device == "cpu" else 0.9
 
 
+def default_stall_seconds(device: str) -> float:
+    """Seconds that no step of a device ("cpu", "cuda:0") takes unless it hangs; on a CPU a large step may take minutes."""
+    return 3600.0 if device == "cpu" else 300.0
+
+
 @dataclass(frozen=True)
 class EngineConfig:
     """Everything about an engine but its model."""

@@ -186,6 +186,8 @@ class Engine:
         self._closed = False
         self._ended = False
         self._lost: str | None = None  # why the device cannot be used any more
+        self.on_turn: Callable[[], None] = lambda: None
+        """Called by the engine's thread before each step, and every second while there is none to do: then it does not hang."""
         self._thread = threading.Thread(target=self._run, name="pagemill-engine", daemon=True)
         self._thread.start()
         _open_engines.add(self)
@@ -805,8 +807,10 @@ class Engine:
             while not self._closed:
                 with self._wake:
                     while not (self._inbox or self._closed or self.core.scheduler.has_work):
-                        self._wake.wait()
+                        self.on_turn()
+                        self._wake.wait(1.0)
                     commands, self._inbox = self._inbox, []
+                self.on_turn()
                 started = time.perf_counter()
                 while commands:
                     commands.pop(0)()

@@ -7,10 +7,14 @@ ends when the socket closes, which also happens when the parent is killed.
 A worker that dies is begun anew, and what it held goes to the others. Which of the pages killed it is found out thus: they are
 handed out again freely; those that were in the hands of a second dead worker go one to a worker; a worker that dies
 with one such page alone convicts it, and it becomes an error.
+
+A worker whose engine hangs, in a kernel that never returns say, is ended, and then is one that died. The engine's own thread
+reports that it comes round, so that nothing of a worker that lives on beside it can hide that it hangs.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import pickle
 import queue
@@ -19,6 +23,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections import Counter, deque
 from collections.abc import Callable, Container, Iterator
 from collections.abc import Sequence as SequenceOf
@@ -31,7 +36,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pagemill.config import EngineConfig, default_fraction
+from pagemill.config import EngineConfig, default_fraction, default_stall_seconds
 from pagemill.decode.sampler import SamplingParams
 from pagemill.engine import Engine, Inputs, failed_page, find_pages
 from pagemill.errors import ConfigError, DeviceError, PagemillError, RequestError, sentence
@@ -42,7 +47,12 @@ from pagemill.stats import EngineStats, total
 
 _WORKER = "import sys; sys.path[:] = sys.argv[2:]; from pagemill.fleet import serve; serve(int(sys.argv[1]))"
 _FRUITLESS_LIVES = 4  # in a row, without one page finished: one more than it takes to convict a page
-_SECONDS_TO_END = 5.0  # for a worker whose socket is closed, before it is killed
+_SECONDS_TO_END = (
+    5.0  # for a worker whose socket is closed, before it is killed, and then before it is left behind
+)
+_LONGEST_POLL = 3600.0  # seconds: the system counts milliseconds in 32 bits
+_SECONDS_BETWEEN_TURNS = 0.25  # that are reported; an engine with nothing to do makes one a second
+_SLOW_START = 10  # times the patience: kernels are compiled, and weights summed and brought into memory, with the first page
 _SUMMED = ("max_num_seqs", "prepare_threads", "kv_cache_bytes", "kv_cache_blocks", "kv_cache_tokens")
 
 
@@ -60,6 +70,7 @@ class _Worker:
     device: str
     options: dict[str, Any]
     environment: dict[str, str]
+    stall_seconds: float
     alive: bool = True
     """Running, loading or about to begin anew."""
     ready: bool = False
@@ -69,6 +80,10 @@ class _Worker:
     facts: dict[str, Any] = field(default_factory=dict)
     finished: int = 0
     """Pages of this life."""
+    turn: float | None = None
+    """When the engine's thread last came round, or began to load what was loaded before; None: the model was never loaded."""
+    proven: bool = False
+    """The model has read a page in this life."""
     fruitless: int = 0
     """Lives in a row that ended without a page."""
     failure: str = ""
@@ -79,6 +94,14 @@ class _Worker:
     def room(self) -> int:
         """Pages of one call that it may hold: a full batch, and a few in preparation."""
         return int(self.facts["max_num_seqs"] + self.facts["prepare_threads"])
+
+    @property
+    def patience(self) -> float:
+        """Seconds in which it still has to be heard of before it hangs."""
+        if self.turn is None:
+            return math.inf
+        limit = self.stall_seconds * (1 if self.proven else _SLOW_START)
+        return self.turn + limit - time.monotonic()
 
     def send(self, *message: Any) -> None:
         """Send a message; nothing happens if the worker has died, since whoever listens to it finds out."""
@@ -118,8 +141,12 @@ class Fleet:
     Use it as a context manager, or call `close`.
     """
 
-    def __init__(self, model: str, workers: SequenceOf[tuple[str, dict[str, Any], dict[str, str]]]) -> None:
-        """Begin a process for each (device, options of its engine, environment) and wait until all have loaded the model."""
+    def __init__(
+        self, model: str, workers: SequenceOf[tuple[str, dict[str, Any], dict[str, str], float]]
+    ) -> None:
+        """Begin a process for each (device, options of its engine, environment, seconds in which a step ends), and wait
+        until all have loaded the model.
+        """
         self.model = model
         self._workers = [_Worker(*worker) for worker in workers]
         self._lock = threading.Lock()
@@ -144,13 +171,22 @@ class Fleet:
 
     @classmethod
     def from_pretrained(
-        cls, name: str = "pagemill-tiny", *, devices: SequenceOf[str], **options: Any
+        cls,
+        name: str = "pagemill-tiny",
+        *,
+        devices: SequenceOf[str],
+        stall_seconds: float | None = None,
+        **options: Any,
     ) -> Fleet:
         """Load a model once for each of `devices`, as in `["cuda:0", "cuda:1"]`; the same device may stand there twice.
 
         `options` are the fields of `EngineConfig` but `device`, and hold for each engine. Where they are not given, the cores
         are shared out among the engines (`num_threads`, `prepare_threads`), and the memory of a device among those on it
         (`kv_cache_fraction`). Packed weights on disk are mapped by all; engines that find none pack them each for itself.
+
+        An engine that has work and ends no step in `stall_seconds`, at least 5, hangs: its process is ended, and treated as one
+        that died. By default 300 on a GPU, 3600 on a CPU; no step may take as long. Ten times that is given until a process has
+        read its first page, for compiling. `math.inf` waits for ever.
         Raises what `Engine.from_pretrained` raises, of the first engine that cannot start.
         """
         if isinstance(devices, str) or not devices or not all(isinstance(d, str) and d for d in devices):
@@ -159,6 +195,8 @@ class Fleet:
             )
         if "device" in options:
             raise ConfigError("device and devices exclude each other")
+        if stall_seconds is not None and not stall_seconds >= 5:
+            raise ConfigError(f"stall_seconds should be at least 5, got {stall_seconds!r}")
         cores = len(os.sched_getaffinity(0))
         share = max(1, cores // len(devices))
         defaults = EngineConfig()
@@ -170,7 +208,8 @@ class Fleet:
         for device in devices:
             inside, environment = _environment(device)
             fraction = {"kv_cache_fraction": default_fraction(device) / devices.count(device)}
-            workers.append((device, {**fraction, **own, "device": inside}, environment))
+            patience = stall_seconds or default_stall_seconds(device)
+            workers.append((device, {**fraction, **own, "device": inside}, environment, patience))
         return cls(name, workers)
 
     def read(
@@ -363,11 +402,15 @@ class Fleet:
             try:
                 with self._lock:
                     worker.pid, worker.socket, worker.pipe, worker.finished = process.pid, ours, pipe, 0
+                    worker.turn, worker.proven = time.monotonic() if worker.facts else None, False
                     if self._closed:
                         _hang_up(worker)
                 worker.send(self.model, worker.options)
                 while refused is None:
-                    refused = self._hear(worker, *pipe.recv())
+                    if pipe.poll(max(0.0, min(worker.patience, _LONGEST_POLL))):
+                        refused = self._hear(worker, *pipe.recv())
+                    elif worker.patience <= 0:
+                        refused = DeviceError(_how_it_hung(worker))
             except (EOFError, OSError):  # also in the middle of a message
                 pass
             finally:
@@ -381,7 +424,12 @@ class Fleet:
                     process.wait(_SECONDS_TO_END if was_ready else 0)
                 except subprocess.TimeoutExpired:
                     process.kill()
-                    process.wait()
+                    try:
+                        process.wait(_SECONDS_TO_END)
+                    except subprocess.TimeoutExpired:  # the driver does not let go of it, nor of the device
+                        worker.alive = False
+                        why = f" ({refused})" if refused else ""
+                        refused = DeviceError(f"the engine's process {process.pid} cannot be ended{why}")
         return refused or DeviceError(_how_it_ended(process.returncode))
 
     def _hear(self, worker: _Worker, kind: str, *message: Any) -> PagemillError | None:
@@ -392,9 +440,11 @@ class Fleet:
             if kind == "ready":
                 if not worker.facts:
                     self._started.put(None)
-                worker.facts, worker.ready = message[0], True
+                worker.facts, worker.ready, worker.turn = message[0], True, time.monotonic()
                 for call in self._readings.values():
                     call.events.put(None)
+            elif kind == "turn":
+                worker.turn = time.monotonic()
             elif kind == "stats":
                 worker.asked.popleft().put(message[0])
             elif message[0] not in self._readings:
@@ -407,6 +457,7 @@ class Fleet:
                 reading = self._readings[message[0]]
                 del reading.held[message[1]]
                 worker.finished += 1
+                worker.proven = worker.proven or message[2].tokens.output > 0
                 for result in (message[2], *reading.convicted):
                     reading.events.put(result)
                 reading.convicted.clear()
@@ -457,6 +508,13 @@ def _how_it_ended(code: int) -> str:
     return f"the engine's process was ended by signal {-code}"
 
 
+def _how_it_hung(worker: _Worker) -> str:
+    if not worker.ready:
+        return f"the engine's process did not load the model within {worker.stall_seconds * _SLOW_START:g} seconds"
+    seconds = time.monotonic() - (worker.turn or 0.0)
+    return f"the engine hung: it ended no step in {seconds:.0f} seconds"
+
+
 def _environment(device: str) -> tuple[str, dict[str, str]]:
     """Return the device's name in its own process, and that process's environment: it sees no GPU but its own."""
     # Torch's OpenMP threads would otherwise spin on the cores of the native kernels; read once, when torch is loaded.
@@ -492,6 +550,7 @@ def serve(descriptor: int) -> None:
         threading.Event().wait()  # until the parent hangs up
         raise
     replies.put(("ready", engine.describe()))
+    engine.on_turn = _report_turns(replies)
     readings = {}
     while True:
         kind, *rest = commands.get()
@@ -523,6 +582,20 @@ def _deliver(
         replies.put(("failed", result))
     else:
         replies.put(("page", number, ticket, result))
+
+
+def _report_turns(replies: queue.SimpleQueue[tuple[Any, ...]]) -> Callable[[], None]:
+    """Return what tells the parent that the engine's thread has come round, not more often than it needs to know."""
+    last = 0.0
+
+    def report() -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last >= _SECONDS_BETWEEN_TURNS:
+            last = now
+            replies.put(("turn",))
+
+    return report
 
 
 def _or_exit(step: Callable[[], None]) -> None:

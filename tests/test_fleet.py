@@ -1,11 +1,13 @@
 """Several engines, each in a process that may be killed: every page once, the same text, and nobody left behind."""
 
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -21,6 +23,7 @@ import pagemill.engine
 from pagemill import Engine, Fleet, SamplingParams
 from pagemill.cli import app
 from pagemill.errors import ConfigError, DeviceError, RequestError
+from pagemill.fleet import _Worker
 from pagemill.pages.source import PageRef
 
 PAGES = Path(__file__).parents[1] / "bench" / "pages"
@@ -47,6 +50,34 @@ def lose_the_device_once(rgb):
         error = getattr(torch, "AcceleratorError", RuntimeError)("CUDA error: an illegal memory access")
         engine.core.runner.execute = Mock(side_effect=error)
     return ""
+
+
+def _hang_once(how):
+    """Have the engine of the first process that comes here hang once it has read a page; the marker names the process."""
+    marker = Path(tempfile.gettempdir()) / f"pagemill-hung-{os.getppid()}"
+    with suppress(FileExistsError):
+        with open(marker, "x") as file:
+            file.write(str(os.getpid()))
+        (engine,) = pagemill.engine._open_engines
+        execute = engine.core.runner.execute
+
+        def hang(plan):
+            if engine.core.stats.finished:
+                how()
+            return execute(plan)
+
+        engine.core.runner.execute = hang
+    return ""
+
+
+def hang_in_a_kernel(rgb):
+    """The engine's thread waits for ever; the process's other threads go on."""
+    return _hang_once(threading.Event().wait)
+
+
+def hang_altogether(rgb):
+    """As where a call that never returns holds the interpreter lock."""
+    return _hang_once(lambda: os.kill(os.getpid(), signal.SIGSTOP))
 
 
 def pids(fleet):
@@ -170,6 +201,77 @@ def test_worker_that_loses_its_device_is_begun_anew(fleet, expected):
     wait_until(lambda: all(worker.ready for worker in fleet._workers))
     assert len(set(before) & set(pids(fleet))) == 1
     assert any("illegal memory access" in worker.failure for worker in fleet._workers)
+
+
+@pytest.mark.parametrize("hang", [hang_in_a_kernel, hang_altogether])
+def test_worker_that_hangs_is_ended_and_begun_anew(monkeypatch, fleet, expected, hang):
+    wait_until(lambda: all(worker.ready for worker in fleet._workers))
+    before = {worker.pid: worker for worker in fleet._workers}
+    monkeypatch.setattr("pagemill.fleet._SECONDS_TO_END", 1.0)
+    marker = Path(tempfile.gettempdir()) / f"pagemill-hung-{os.getpid()}"
+    with monkeypatch.context() as impatient:
+        for worker in fleet._workers:
+            impatient.setattr(worker, "stall_seconds", 3.0)
+        try:
+            found = list(fleet.read(SAMPLES, draft_text=hang, params=SOME))
+            victim = int(marker.read_text())
+        finally:
+            marker.unlink(missing_ok=True)
+    assert texts(found) == [row for row in expected if row[0] in SAMPLES]
+    wait_until(lambda: is_gone(victim))
+    assert "ended no step in" in before[victim].failure
+    wait_until(lambda: all(worker.ready for worker in fleet._workers))
+    at = [worker.turn for worker in fleet._workers]
+    wait_until(lambda: all(worker.turn > then for worker, then in zip(fleet._workers, at, strict=True)))
+
+
+def test_patience_is_longer_until_a_page_is_read():
+    worker = _Worker("cpu", {}, {}, stall_seconds=50.0)
+    assert worker.patience == math.inf
+    worker.turn = time.monotonic() - 60.0
+    assert 430 < worker.patience <= 440
+    worker.proven = True
+    assert -20 < worker.patience <= -10
+
+
+def test_device_that_hangs_while_it_loads_anew_is_given_up_even_if_its_process_cannot_be_ended(monkeypatch):
+    with Fleet.from_pretrained(devices=["cpu"], stall_seconds=5, **OPTIONS) as fleet:
+        monkeypatch.setattr("pagemill.fleet._SLOW_START", 1)
+        monkeypatch.setattr("pagemill.fleet._WORKER", "import threading; threading.Event().wait()")
+        (worker,) = fleet._workers
+        monkeypatch.setattr(worker, "stall_seconds", 1.0)
+        wait, stuck = subprocess.Popen.wait, []
+
+        def never(self, timeout=None):
+            if self.pid == first:
+                return wait(self, timeout)
+            stuck.append(self)
+            raise subprocess.TimeoutExpired("", timeout)
+
+        first = worker.pid
+        monkeypatch.setattr(subprocess.Popen, "wait", never)
+        reading = fleet.read(SAMPLES, params=SOME)
+        os.kill(first, signal.SIGKILL)
+        with pytest.raises(DeviceError, match=r"cannot be ended \(.*did not load the model within 1 seconds"):
+            list(reading)
+    assert stuck
+    wait(stuck[0], 10)
+
+
+@pytest.mark.parametrize("seconds", [0, 4, -1, math.nan])
+def test_patience_that_cannot_be_meant(seconds):
+    with pytest.raises(ConfigError, match="stall_seconds should be at least 5"):
+        Fleet.from_pretrained(devices=["cpu"], stall_seconds=seconds)
+
+
+def test_the_commands_option(monkeypatch):
+    told = []
+    monkeypatch.setattr(Fleet, "__init__", lambda self, name, workers: told.extend(workers) or 1 / 0)
+    assert CliRunner().invoke(app, ["read", SAMPLES[0], "--devices", "cpu", "--stall-seconds", "7"]).exit_code
+    assert [seconds for *_, seconds in told] == [7.0]
+    alone = CliRunner().invoke(app, ["read", SAMPLES[0], "--stall-seconds", "7"])
+    assert alone.exit_code == 2
+    assert "--stall-seconds needs --devices" in alone.output
 
 
 def test_page_that_kills_its_process_becomes_an_error_and_the_others_are_read(fleet, expected, tmp_path):

@@ -149,4 +149,5 @@ def test_engines_on_one_device_share_its_memory(monkeypatch):
     monkeypatch.setattr(Fleet, "__init__", lambda self, name, workers: told.extend(workers))
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     Fleet.from_pretrained(devices=["cuda:0", "cuda:1", "cuda:1", "cpu"])
-    assert [options["kv_cache_fraction"] for _, options, _ in told] == [0.9, 0.45, 0.45, 0.3]
+    assert [options["kv_cache_fraction"] for _, options, _, _ in told] == [0.9, 0.45, 0.45, 0.3]
+    assert [seconds for *_, seconds in told] == [300, 300, 300, 3600]

@@ -90,6 +90,17 @@ def not_nan(value: float | None) -> float | None:
     return value
 
 
+StallSecondsOption = Annotated[
+    float | None,
+    typer.Option(
+        "--stall-seconds",
+        min=5,
+        callback=not_nan,
+        metavar="X",
+        help="With --devices: a device that ends no step in so long hangs, and its process is begun anew; inf waits for ever. "
+        "By default 300 on a GPU, 3600 on a CPU; ten times that before its first page.",
+    ),
+]
 MaxNewTokensOption = Annotated[
     int | None, typer.Option("--max-new-tokens", min=1, metavar="N", help="Longest answer for a page.")
 ]
@@ -162,12 +173,15 @@ def load_engine(
     return make_engine(model, device=device, **options)
 
 
-def load_fleet(model: str, devices: str, dtype: DType, **options: Any) -> Fleet:
+def load_fleet(
+    model: str, devices: str, dtype: DType, *, stall_seconds: float | None = None, **options: Any
+) -> Fleet:
     """Load a model on each of `devices`, names with commas between; `options` are those of `engine_options`."""
     from pagemill.fleet import Fleet
 
     names = [name.strip() for name in devices.split(",")]
-    return Fleet.from_pretrained(model, devices=names, **engine_options(dtype, **options))
+    options = engine_options(dtype, **options)
+    return Fleet.from_pretrained(model, devices=names, stall_seconds=stall_seconds, **options)
 
 
 def engine_options(

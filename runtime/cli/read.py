@@ -25,6 +25,7 @@ from pagemill.cli.common import (
     MaxNewTokensOption,
     ModelOption,
     QuantizeOption,
+    StallSecondsOption,
     WeightCacheOption,
     app,
     load_engine,
@@ -115,6 +116,7 @@ def read(
     ] = "auto",
     device: DeviceOption = "cpu",
     devices: DevicesOption = None,
+    stall_seconds: StallSecondsOption = None,
     dtype: DTypeOption = "auto",
     quantize: QuantizeOption = "none",
     concurrency: Annotated[
@@ -155,6 +157,8 @@ def read(
         conforming = read_guidance(guidance)
         if devices is not None and device != "cpu":
             raise ConfigError("--device and --devices exclude each other.")
+        if stall_seconds is not None and devices is None:
+            raise ConfigError("--stall-seconds needs --devices: a process of its own can be ended.")
         # Here and below: what is slow to import waits until it is needed, so that --help is instant.
         from pagemill.jobs import list_inputs, open_output, run
         from pagemill.jobs.progress import ProgressReport, summary
@@ -183,7 +187,7 @@ def read(
                 if devices is None:
                     engine = load_engine(model, device, dtype, **options)
                 else:
-                    engine = load_fleet(model, devices, dtype, **options)
+                    engine = load_fleet(model, devices, dtype, stall_seconds=stall_seconds, **options)
             with engine:
                 from pagemill.decode.sampler import SamplingParams
 
