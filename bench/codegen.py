@@ -319,6 +319,9 @@ class Row:
     limits_us: dict[str, float | None]
 
 
+_WORDS = ("SPLIT", "SCALED", "TAIL", "GATED", "DESCRIBED", "SPECIALISED")
+
+
 def launch_name(launch: Launch) -> str:
     """The sizes that a kernel was compiled with."""
     names = launch.fn.arg_names
@@ -327,7 +330,7 @@ def launch_name(launch: Launch) -> str:
     stages = (
         f"{launch.options['num_stages']} stages, " if launch.kernel.rpartition(".")[2] in _MULTIPLY else ""
     )
-    words = [name.lower() for name in ("SPLIT", "SCALED", "TAIL", "GATED") if values.get(name) is True]
+    words = [name.lower() for name in _WORDS if values.get(name) is True]
     return f"{sizes or values.get('TILE', '')} ({stages}{launch.options['num_warps']} warps{''.join(', ' + w for w in words)})"
 
 
@@ -440,7 +443,8 @@ sizes of Qwen2.5-VL-3B, as its launcher would start it on a card of the target (
 - **matrix**: the instruction of the tensor cores. **weights** are loads of weights, or of keys and values, in the whole kernel
   with its prologue: how many in a thread, by bytes of one. **async**: copies from global to shared memory without registers.
 - **per matrix op**: other instructions of the inner loop for each one of the tensor cores. One `wgmma` or `tcgen05` does the work
-  of 16 to 64 `mma`, so that this compares rows of one instruction only.
+  of 16 to 64 `mma`, so that this compares rows of one instruction only. **described**: by tensor
+  descriptors; one thread copies a block. **specialised**: the loop of the warp that multiplies; another copies.
 - The last columns are limits of cards with this instruction set in microseconds: the longer of operations at the data sheet's
   peak and bytes at its bandwidth. `-`: the card lacks the arithmetic, or the kernel is a small part of its case.
 - **faults**: what the gate refuses: spills, too much shared memory, no tensor-core instruction, narrow loads of weights.

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Literal
 
 import torch
 
@@ -28,6 +29,18 @@ __all__ = [
 ]
 
 
+Loads = Literal["pointers", "descriptors", "specialised"]
+"""How the operands of a plain, int8 or fp8 product come into shared memory: each thread copies from addresses of its own; the
+tensor memory accelerator copies blocks by tensor descriptors; and that with a warp that does nothing but copy, and another that
+does nothing but multiply."""
+LOADS: Mapping[int, tuple[Loads, ...]] = {
+    90: ("pointers", "descriptors"),
+    100: ("pointers", "descriptors", "specialised"),
+}
+"""By architecture: what there is. Others have pointers. Of sm_90, Triton 3.9 does not compile the third for 128 rows in four
+warps, and compiles the second instead for eight."""
+
+
 @dataclass(frozen=True)
 class MatmulTile:
     """How a product is launched. Rows of x, features and inputs of a tile, split-K, warps, pipeline stages."""
@@ -40,6 +53,8 @@ class MatmulTile:
     stages: int
     parts: int = 1
     """Products that the inputs of a tile are cut into."""
+    loads: Loads = "pointers"
+    """Of x, too, where its rows begin at multiples of 16 bytes; pointers where they do not."""
 
 
 @dataclass(frozen=True)
@@ -78,9 +93,9 @@ def card_of(device: torch.device) -> Card:
     return Card(found.name, arch, found.multi_processor_count)
 
 
-def _tiles(*rows: tuple[int, int, int, int, int]) -> tuple[MatmulTile, ...]:
+def _tiles(*rows: tuple[int, int, int, int, int], loads: Loads = "pointers") -> tuple[MatmulTile, ...]:
     """From small to large: rows, features, inputs, warps, stages."""
-    return tuple(MatmulTile(m, n, k, 1, warps, stages) for m, n, k, warps, stages in rows)
+    return tuple(MatmulTile(m, n, k, 1, warps, stages, loads=loads) for m, n, k, warps, stages in rows)
 
 
 # Two products at once (gate and up) have twice the sums to hold: their tiles are half as wide. On sm_80 and sm_89 a tile of 128 x
@@ -109,12 +124,27 @@ _HOPPER_INT4 = _tiles(
     (128, 128, 64, 8, 3),
 )
 _HOPPER_INT4_GATED = _tiles((16, 32, 64, 4, 4), (32, 32, 64, 4, 4), (64, 32, 64, 4, 4), (64, 128, 64, 8, 3))
-_HOPPER_PLAIN = (*_PLAIN[:-1], *_tiles((128, 128, 64, 8, 4), (128, 256, 64, 8, 3)))
-_HOPPER_PLAIN_GATED = (*_PLAIN_GATED[:-1], *_tiles((128, 64, 64, 8, 4), (128, 128, 64, 8, 3)))
-_HOPPER_BYTE = (*_BYTE[:-1], *_tiles((128, 128, 128, 8, 4), (128, 256, 128, 8, 3)))
+# Descriptors where memory does not bound the product and the code is shorter with them: a pair of 128 x 64 in bfloat16 has 12.6
+# other instructions for each wgmma with pointers, and 14.4 with descriptors.
+_HOPPER_PLAIN = (
+    *_PLAIN[:-1],
+    *_tiles((128, 128, 64, 8, 4), (128, 256, 64, 8, 3), loads="descriptors"),
+)
+_HOPPER_PLAIN_GATED = (
+    *_PLAIN_GATED[:-1],
+    *_tiles((128, 64, 64, 8, 4)),
+    *_tiles((128, 128, 64, 8, 3), loads="descriptors"),
+)
+_HOPPER_BYTE = (
+    *_BYTE[:-1],
+    *_tiles((128, 128, 128, 8, 4), (128, 256, 128, 8, 3), loads="descriptors"),
+)
 # 32 rows of fp8 are converted for mma: of 64 features, they spill.
 _HOPPER_FP8 = (_HOPPER_BYTE[0], *_tiles((32, 32, 128, 4, 4)), *_HOPPER_BYTE[2:])
-_HOPPER_BYTE_GATED = (*_BYTE_GATED[:-1], *_tiles((128, 64, 128, 8, 4), (128, 128, 128, 8, 3)))
+_HOPPER_BYTE_GATED = (
+    *_BYTE_GATED[:-1],
+    *_tiles((128, 64, 128, 8, 4), (128, 128, 128, 8, 3), loads="descriptors"),
+)
 
 _AMPERE = {
     ("plain", False): (*_PLAIN, *_tiles((128, 256, 64, 8, 3))), ("plain", True): _PLAIN_GATED,
@@ -128,6 +158,12 @@ _HOPPER = _AMPERE | {
     ("fp8", False): _HOPPER_FP8, ("fp8", True): _HOPPER_BYTE_GATED,
     ("int4", False): _HOPPER_INT4, ("int4", True): _HOPPER_INT4_GATED,
 }  # fmt: skip
+_BLACKWELL = {
+    (form, gated): tuple(
+        replace(tile, loads="specialised") if tile.rows >= 128 and form != "int4" else tile for tile in tiles
+    )
+    for (form, gated), tiles in _HOPPER.items()
+}
 _CDNA = _AMPERE | {("plain", False): _PLAIN}  # 64 KB of shared memory: no tile of 128 x 256
 _INTERPRETED = _tiles(
     (16, 256, 256, 4, 1), (64, 256, 256, 4, 1)
@@ -138,7 +174,7 @@ MATMUL: Mapping[int, Mapping[tuple[str, bool], tuple[MatmulTile, ...]]] = {
     80: _AMPERE,
     89: _AMPERE,
     90: _HOPPER,
-    100: _HOPPER,
+    100: _BLACKWELL,
     AMD: {key: tuple(replace(tile, stages=2, parts=1) for tile in tiles) for key, tiles in _CDNA.items()},
 }
 """By architecture, then by form and whether gate and up are multiplied at once: tiles from small to large."""

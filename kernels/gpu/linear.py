@@ -10,7 +10,8 @@ x `[M, K]`, W `[N, K]`. Forms of W, each a `PackedLinear` made once by `pack_*`;
   its nibbles are columns of two products. A nibble becomes a bfloat16 by putting it into the mantissa of 128 (after Kim et
   al., 2022, arXiv 2211.10017), and the scale is applied to each group's sum, not to the weights, which stay exact.
 
-Rows of W are padded with zeros to whole 16-byte runs, K to a multiple of 64, so that every load is 16 bytes wide.
+Rows of W are padded with zeros to whole 16-byte runs, K to a multiple of 64, so that every load is 16 bytes wide. On sm_90 and
+later the tensor memory accelerator loads the operands of many rows (`configs.LOADS`).
 For few rows the inputs are cut among programs too (split-K); partial sums are added in a fixed order by `_finish`, not
 atomically, so that a result does not change from run to run.
 """
@@ -23,6 +24,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from pagemill.kernels.gpu import configs
 from pagemill.kernels.gpu.codes import largest_code, to_codes
@@ -87,6 +89,31 @@ def _halves(sums, TILE_M: tl.constexpr, TILE_N: tl.constexpr):
 
 
 @triton.jit
+def _finish_pieces(
+    acc, up, x_scale, w_scale, bias, residual, out, m, first, M, N, out_row,
+    GATED: tl.constexpr, SCALED: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, TILE_M: tl.constexpr,
+    TILE_N: tl.constexpr, PIECE: tl.constexpr,
+):  # fmt: skip
+    """`_finish_tile` of columns from `first` on, at most PIECE of them at a time."""
+    if TILE_N <= PIECE:
+        n = first + tl.arange(0, TILE_N)
+        _finish_tile(
+            acc, up, x_scale, w_scale, bias, residual, out, m, n, M, N, out_row, GATED, SCALED, BIAS, RESIDUAL,
+        )  # fmt: skip
+    else:
+        left, right = _halves(acc, TILE_M, TILE_N)
+        up_left, up_right = _halves(up, TILE_M, TILE_N)
+        _finish_pieces(
+            left, up_left, x_scale, w_scale, bias, residual, out, m, first, M, N, out_row, GATED, SCALED, BIAS,
+            RESIDUAL, TILE_M, TILE_N // 2, PIECE,
+        )  # fmt: skip
+        _finish_pieces(
+            right, up_right, x_scale, w_scale, bias, residual, out, m, first + TILE_N // 2, M, N, out_row, GATED, SCALED,
+            BIAS, RESIDUAL, TILE_M, TILE_N // 2, PIECE,
+        )  # fmt: skip
+
+
+@triton.jit
 def _keep_partial(acc, up, partial, split, m, n, M, N, GATED: tl.constexpr):
     """Sums of one range of K: `partial [splits, 1 or 2, M, N]`."""
     parts: tl.constexpr = 2 if GATED else 1
@@ -103,19 +130,17 @@ def matmul_kernel(
     TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr, PARTS: tl.constexpr, BAND: tl.constexpr,
     GATED: tl.constexpr, SCALED: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, SPLIT: tl.constexpr,
     INTEGER: tl.constexpr, TAIL: tl.constexpr, X_ALIGN: tl.constexpr, N_ALIGN: tl.constexpr, K_ALIGN: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, DESCRIBED: tl.constexpr, SPECIALISED: tl.constexpr,
 ):  # fmt: skip
-    """plain, int8 and fp8. TAIL: K is no multiple of TILE_K; the last tile masks x, the padding of w is zero."""
+    """plain, int8 and fp8. TAIL: K is no multiple of TILE_K; the last tile masks x, the padding of w is zero.
+
+    DESCRIBED: x and w are tensor descriptors of blocks `[TILE_M, TILE_K]` and `[TILE_N, TILE_K]`, which read zeros beyond the
+    tensor's end; TAIL and PARTS mean nothing then. SPECIALISED: a warp of its own copies, another multiplies.
+    """
     x_row, N, K = _aligned(x_row, X_ALIGN), _aligned(N, N_ALIGN), _aligned(K, K_ALIGN)
     tile_m, tile_n = _place(M, N, TILE_M, TILE_N, BAND)
     m = tile_m * TILE_M + tl.arange(0, TILE_M)
     n = tile_n * TILE_N + tl.arange(0, TILE_N)
-    PART: tl.constexpr = TILE_K // PARTS
-    k = tl.arange(0, PART)
-    x_at = x + (m.to(tl.int64) * x_row)[:, None] + k[None, :]
-    w_at = w + (n.to(tl.int64) * w_row)[None, :] + k[:, None]
-    up_at = w_at + N.to(tl.int64) * w_row
-    rows, features = (m < M)[:, None], (n < N)[None, :]
     kind: tl.constexpr = tl.int32 if INTEGER else tl.float32
     acc = tl.zeros((TILE_M, TILE_N), kind)
     up = acc
@@ -125,44 +150,50 @@ def matmul_kernel(
     if SPLIT:
         first = tl.program_id(1) * k_per_split
         last = tl.minimum(K, first + k_per_split)
-    whole = last // TILE_K * TILE_K if TAIL else last
-    for at in tl.range(first, whole, TILE_K):
-        for part in tl.static_range(PARTS):
-            here = at + part * PART
-            a = tl.load(x_at + here, mask=rows, other=0.0)
-            b = tl.load(w_at + here, mask=features, other=0.0)
-            acc = tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=kind)
+    if DESCRIBED:
+        row, feature = tile_m * TILE_M, tile_n * TILE_N
+        for at in tl.range(first, last, TILE_K, warp_specialize=SPECIALISED):
+            a = x.load([row, at])
+            acc = tl.dot(a, w.load([feature, at]).T, acc, input_precision=PRECISION, out_dtype=kind)
             if GATED:
-                b = tl.load(up_at + here, mask=features, other=0.0)
-                up = tl.dot(a, b, up, input_precision=PRECISION, out_dtype=kind)
-    if TAIL:  # noqa: SIM102 - known when compiled; the other is not
-        if whole < last:
+                up = tl.dot(a, w.load([N + feature, at]).T, up, input_precision=PRECISION, out_dtype=kind)
+    else:
+        PART: tl.constexpr = TILE_K // PARTS
+        k = tl.arange(0, PART)
+        x_at = x + (m.to(tl.int64) * x_row)[:, None] + k[None, :]
+        w_at = w + (n.to(tl.int64) * w_row)[None, :] + k[:, None]
+        up_at = w_at + N.to(tl.int64) * w_row
+        rows, features = (m < M)[:, None], (n < N)[None, :]
+        whole = last // TILE_K * TILE_K if TAIL else last
+        for at in tl.range(first, whole, TILE_K):
             for part in tl.static_range(PARTS):
-                here = whole + part * PART
-                a = tl.load(x_at + here, mask=rows & (here + k < K)[None, :], other=0.0)
-                there = features & (here + k < w_row)[:, None]
-                b = tl.load(w_at + here, mask=there, other=0.0)
+                here = at + part * PART
+                a = tl.load(x_at + here, mask=rows, other=0.0)
+                b = tl.load(w_at + here, mask=features, other=0.0)
                 acc = tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=kind)
                 if GATED:
-                    b = tl.load(up_at + here, mask=there, other=0.0)
+                    b = tl.load(up_at + here, mask=features, other=0.0)
                     up = tl.dot(a, b, up, input_precision=PRECISION, out_dtype=kind)
+        if TAIL:  # noqa: SIM102 - known when compiled; the other is not
+            if whole < last:
+                for part in tl.static_range(PARTS):
+                    here = whole + part * PART
+                    a = tl.load(x_at + here, mask=rows & (here + k < K)[None, :], other=0.0)
+                    there = features & (here + k < w_row)[:, None]
+                    b = tl.load(w_at + here, mask=there, other=0.0)
+                    acc = tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=kind)
+                    if GATED:
+                        b = tl.load(up_at + here, mask=there, other=0.0)
+                        up = tl.dot(a, b, up, input_precision=PRECISION, out_dtype=kind)
     if SPLIT:
         _keep_partial(acc, up, partial, tl.program_id(1), m, n, M, N, GATED)
-    elif TILE_M * TILE_N * (2 if GATED else 1) >= 32768:
-        # Half of the columns at a time: with a residual beside them, all of them do not fit the registers.
-        left, right = _halves(acc, TILE_M, TILE_N)
-        up_left, up_right = _halves(up, TILE_M, TILE_N)
-        n = tile_n * TILE_N + tl.arange(0, TILE_N // 2)
-        _finish_tile(
-            left, up_left, x_scale, w_scale, bias, residual, out, m, n, M, N, out_row, GATED, SCALED, BIAS, RESIDUAL,
-        )  # fmt: skip
-        _finish_tile(
-            right, up_right, x_scale, w_scale, bias, residual, out, m, n + TILE_N // 2, M, N, out_row, GATED, SCALED, BIAS,
-            RESIDUAL,
-        )  # fmt: skip
     else:
-        _finish_tile(
-            acc, up, x_scale, w_scale, bias, residual, out, m, n, M, N, out_row, GATED, SCALED, BIAS, RESIDUAL,
+        # Half of the columns at a time: with a residual beside them, all of them do not fit the registers. A quarter where
+        # the warps that copy and multiply have registers, too.
+        LARGEST: tl.constexpr = 8192 if SPECIALISED else 16384
+        _finish_pieces(
+            acc, up, x_scale, w_scale, bias, residual, out, m, tile_n * TILE_N, M, N, out_row, GATED, SCALED, BIAS,
+            RESIDUAL, TILE_M, TILE_N, LARGEST // (2 if GATED else 1) // TILE_M,
         )  # fmt: skip
 
 
@@ -354,6 +385,17 @@ def quantize(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return out, scale
 
 
+def _describable(x: Tensor) -> bool:
+    """Whether the tensor memory accelerator can read the rows of x: they begin at multiples of 16 bytes."""
+    return x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0 and x.stride(1) == 1
+
+
+def _blocks(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
+    """x for a kernel that reads blocks of it. The descriptor holds x's address and sizes and is an argument passed by value: a
+    CUDA graph keeps it as it keeps any other, and replays it on the memory that the graph was recorded with."""
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, columns])
+
+
 def linear(
     x: Tensor,
     weight: PackedLinear,
@@ -410,10 +452,13 @@ def linear(
             ASSEMBLY=x.dtype == torch.bfloat16 and configs.card_of(x.device).arch != configs.AMD, **common,
         )  # fmt: skip
     else:
+        described = tile.loads != "pointers" and _describable(x) and _describable(weight.weight)
         matmul_kernel[grid](
-            x, weight.weight, x_scale, w_scale, bias_at, residual_at, out, partial, m, n, k, x.stride(0),
+            *(_blocks(x, tile.rows, tile.inputs), _blocks(weight.weight, tile.features, tile.inputs)) if described
+            else (x, weight.weight), x_scale, w_scale, bias_at, residual_at, out, partial, m, n, k, x.stride(0),
             weight.weight.stride(0), out.stride(0), per_split, TILE_K=tile.inputs, PARTS=tile.parts, SCALED=scaled,
-            INTEGER=weight.scheme == "int8", **common,
+            INTEGER=weight.scheme == "int8", DESCRIBED=described, SPECIALISED=described and tile.loads == "specialised",
+            **common,
         )  # fmt: skip
     if split:
         finish_kernel[(m, triton.cdiv(n, 256))](

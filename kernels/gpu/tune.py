@@ -66,8 +66,11 @@ def matmul_candidates(card: Card, product: Product, rows: int) -> list[MatmulTil
         for tile in tables[product.form, product.gated]:
             if tile.rows > max(16, 2 * rows) or (tile.rows < 64 and rows > 128):
                 continue
+            # Descriptors pay where the tensor cores are busy; int4 has none.
+            many = tile.rows >= 64 and product.form != "int4"
             found += [
-                replace(tile, stages=stages, splits=splits)
+                replace(tile, stages=stages, splits=splits, loads=loads)
+                for loads in (configs.LOADS.get(card.arch, ("pointers",)) if many else ("pointers",))
                 for stages in (tile.stages - 1, tile.stages, tile.stages + 1)
                 for splits in ((1, 2, 4, 8) if rows <= 64 else (1,))
                 if splits == 1 or product.inputs >= splits * 2 * tile.inputs

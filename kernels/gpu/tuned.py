@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import triton
 
@@ -183,6 +183,8 @@ def _matmul_tile(tile: dict[str, Any]) -> MatmulTile:
         _power(tile[name])
     for name, most in (("splits", 64), ("warps", 16), ("stages", 8), ("parts", 8)):
         _whole(tile[name], 1, most)
+    if tile["loads"] not in get_args(configs.Loads):
+        raise ValueError(f"{tile['loads']!r} should be one of {', '.join(get_args(configs.Loads))}")
     return MatmulTile(**tile)
 
 

@@ -16,8 +16,10 @@ import numpy as np
 import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
+from triton.backends.driver import decompose_descriptor
 from triton.compiler import ASTSource, CompiledKernel, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from tests.emulator.memory import GlobalMemory, SharedMemory
 from tests.emulator.ptx import Module
@@ -128,7 +130,13 @@ def _compile(
             _compiled[key] = triton.compile(source, target=target, options=options.__dict__)
     compiled = _compiled[key]
     kinds = compiled.src.signature
-    return compiled, [value for name, value in bound.items() if kinds[name] != "constexpr"]
+    values = [value for name, value in bound.items() if kinds[name] != "constexpr"]
+    # Before sm_90 a tensor descriptor is its address, sizes and how it is padded.
+    return compiled, [
+        part
+        for value in values
+        for part in (decompose_descriptor(value) if isinstance(value, TensorDescriptor) else (value,))
+    ]
 
 
 @lru_cache(maxsize=256)

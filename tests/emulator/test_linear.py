@@ -119,6 +119,14 @@ def test_a_tile_that_is_finished_in_halves(scheme: str, n: int, gated: bool, fea
     check(scheme, 100, n, 72, gated, True, tile=tile)
 
 
+@pytest.mark.parametrize(("scheme", "case"), [("plain", "wide, a gate"), ("fp8", "wide, a feature more")])
+def test_descriptors(scheme: str, case: str) -> None:
+    """Before sm_90 they are addresses and masks: what the kernel asks of them, not how it is copied."""
+    tile = configs.MatmulTile(32, 32, 64, 1, 4, 3, loads="descriptors")
+    launches = check(scheme, *CASES[case], tile=tile)
+    assert any("tensordesc" in kind for kind in launches[-1].kernel.src.signature.values())
+
+
 @pytest.mark.parametrize("kind", [torch.int8, FP8], ids=str)
 @pytest.mark.parametrize("k", [1, 63, 64, 1025])
 def test_quantize(k: int, kind: torch.dtype) -> None:

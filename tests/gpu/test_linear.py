@@ -1,14 +1,36 @@
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+from unittest import mock
+
 import pytest
 import torch
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
+from pagemill.kernels.gpu import configs
+from pagemill.kernels.gpu import linear as module
 from pagemill.kernels.gpu.configs import MatmulTile
 from pagemill.kernels.gpu.linear import linear, pack_int4, pack_plain, pack_scaled, quantize
-from tests.gpu.conftest import bound, error, needs_fp8
+from tests.gpu.conftest import DEVICE, ON_GPU, bound, error, needs_fp8
 from tests.gpu.reference import product
 
 SHAPES = [(1, 64, 128, 1), (5, 70, 100, 1), (33, 130, 200, 3), (17, 33, 855, 4), (16, 32, 64, 2)]
 """M, N, K and split-K."""
+
+
+@contextmanager
+def counted() -> Iterator[list[TensorDescriptor]]:
+    """The tensor descriptors that are made within."""
+    made: list[TensorDescriptor] = []
+
+    def make(*arguments: Any) -> TensorDescriptor:
+        made.append(TensorDescriptor(*arguments))
+        return made[-1]
+
+    with mock.patch.object(module, "TensorDescriptor", make):
+        yield made
 
 
 def tile(rows: int, splits: int) -> MatmulTile:
@@ -59,6 +81,65 @@ def test_int4(m: int, n: int, k: int, splits: int, dtype: torch.dtype, gated: bo
     weight = (q.double() - zeros.double()[:, of_column]) * scales.double()[:, of_column]
     found = linear(x, pack_int4(q, scales, zeros, bias, gated=gated), tile=tile(m, splits), residual=residual)
     assert error(found, product(x, weight, bias, residual, gated)) < bound(dtype)
+
+
+def among_nan(m: int, k: int, dtype: torch.dtype) -> Tensor:
+    """`[m, k]` with rows that begin at multiples of 16 bytes, NaN between them and around."""
+    x = torch.full((m + 2, 2, -(-k // 16) * 16 + 16), float("nan"), dtype=dtype)[1:-1, 1, :k]
+    return x.copy_(torch.randn(m, k))
+
+
+FORMS = ["plain", "int8", pytest.param("fp8", marks=needs_fp8)]
+
+
+def check(form: str, m: int, n: int, k: int, gated: bool, dtype: torch.dtype, shape: MatmulTile) -> None:
+    """A product in a tile, of rows among NaN, with bias and residual."""
+    _, weight, bias, residual = inputs(m, n, k, dtype, gated, True)
+    x = among_nan(m, k, dtype)
+    if form == "plain":
+        packed, exact = pack_plain(weight, bias, gated=gated), (x, weight)
+    else:
+        kind = torch.int8 if form == "int8" else torch.float8_e4m3fn
+        rows, codes = quantize(x, kind), quantize(weight, kind)
+        packed = pack_scaled(codes[0][:, :k], codes[1], bias, gated=gated)
+        exact = tuple((q.double() * scale.double()[:, None])[:, :k] for q, scale in (rows, codes))
+    found = linear(x, packed, tile=shape, residual=residual)
+    assert error(found, product(*exact, bias, residual, gated)) < bound(dtype)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    ("m", "n", "k", "splits", "gated"),
+    [(1, 64, 128, 1, False), (5, 70, 100, 1, True), (17, 33, 855, 4, True), (33, 130, 200, 3, False)],
+)
+def test_descriptors(m: int, n: int, k: int, splits: int, gated: bool, form: str) -> None:
+    """Zeros beyond the last row, feature and input, and no row that is not its own."""
+    with counted() as blocks:
+        shape = replace(tile(m, splits), inputs=64, loads="descriptors")
+        check(form, m, n, k, gated, torch.float32, shape)
+    assert len(blocks) == 2
+
+
+@pytest.mark.skipif(not ON_GPU, reason="the interpreter has a table of its own")
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("form", FORMS)
+def test_every_tile_of_the_table(form: str, gated: bool) -> None:
+    """As this card launches them: a row and a feature more than a tile has, inputs that end within a step."""
+    for shape in configs.MATMUL[configs.card_of(DEVICE).arch][form, gated]:
+        m, n, k = shape.rows + 1, shape.features + 1, 5 * shape.inputs + 8
+        check(form, m, n, k, gated, torch.bfloat16, shape)
+
+
+@pytest.mark.parametrize("odd", ["address", "row"])
+def test_rows_that_a_descriptor_cannot_have_are_read_by_pointers(odd: str) -> None:
+    x = torch.randn(6, 104)
+    x = x[:, 1:101] if odd == "address" else x.flatten()[: 5 * 101].view(5, 101)[:, :100]
+    weight = torch.randn(70, 100)
+    shape = replace(tile(5, 1), loads="descriptors")
+    with counted() as blocks:
+        found = linear(x, pack_plain(weight), tile=shape)
+    assert error(found, product(x, weight, None, None, False)) < bound(torch.float32)
+    assert not blocks
 
 
 def test_quantize() -> None:

@@ -49,6 +49,23 @@ def test_candidates(product: Product) -> None:
         assert len(set(attention_candidates(CARD, kind))) == len(attention_candidates(CARD, kind)) > 5
 
 
+@pytest.mark.parametrize(
+    ("arch", "form", "rows", "loads"),
+    [
+        (80, "plain", 4096, {"pointers"}),
+        (90, "plain", 4096, {"pointers", "descriptors"}),
+        (90, "plain", 8, {"pointers"}),
+        (100, "int8", 4096, {"pointers", "descriptors", "specialised"}),
+        (100, "int4", 4096, {"pointers"}),
+    ],
+)
+def test_operands_are_loaded_as_the_architecture_can(
+    arch: int, form: str, rows: int, loads: set[str]
+) -> None:
+    found = matmul_candidates(Card("", arch, 100), Product(form, False, 2048, 2048), rows)
+    assert {tile.loads for tile in found} == loads
+
+
 def test_the_fastest_is_taken_and_the_table_where_it_is_close() -> None:
     wanted = replace(matmul_candidates(CARD, PLAIN, 8)[3])
 
@@ -120,6 +137,7 @@ def test_kept_as_it_was() -> None:
         lambda text: text.replace('"rows": 32', '"rows": 33'),
         lambda text: text.replace('"warps": 4', '"warps": 1e9'),
         lambda text: text.replace('"warps": 4', '"wraps": 4'),
+        lambda text: text.replace('"pointers"', '"wishes"'),
         lambda text: text.replace('"most_rows": 16', '"most_rows": 0'),
         lambda text: text.replace('"most_rows": 16', '"most_rows": 64'),
         lambda text: text.replace('"wide_rows": 96', '"wide_rows": true'),
