@@ -241,6 +241,9 @@ def others() -> Iterator[Case]:
         "rms_norm to int8", 3.0 * m * h, lambda: norm.rms_norm_quantized(x, weight, 1e-6, torch.int8)
     )
     yield _moving("quantize to int8", 3.0 * m * h, lambda: linear.quantize(x, torch.int8))
+    yield _moving(
+        "unpack int4", 2.5 * 2048 * 11008, lambda: linear.unpack_int4(packed("int4", 2048, 11008), _BF16)
+    )
     yield _moving("swiglu", 6.0 * m * 3420, lambda: kernels["swiglu"](_empty(m, 6840)))
     yield _moving("gelu", 4.0 * m * h, lambda: kernels["gelu"](x))
     angles = _empty(m, 40, dtype=torch.float32)

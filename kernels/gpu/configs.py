@@ -23,6 +23,7 @@ __all__ = [
     "card_of",
     "matmul",
     "paged",
+    "plain_rows",
     "splits_for",
     "varlen",
     "wide_rows",
@@ -206,6 +207,14 @@ twice the bytes, int4 multiplies in bfloat16 at about 0.6 of its peak, beside th
 2 M N K / (0.6 peak) is N K bytes over the bandwidth, at M = 0.3 peak / bandwidth: 46 on A100, 126 on L40S, 89 on H100, 84 on
 B200."""
 
+PLAIN_ROWS: Mapping[int, int] = {0: 1 << 30, 80: 1024, 89: 8192, 90: 1536, 100: 768, AMD: 256}
+"""By architecture: rows of x from which on an int4 weight without an int8 twin becomes a plain one for the call. Modelled: that
+moves 2.5 N K bytes at 0.85 of the bandwidth, after which the product runs at 0.75 of the peak. The int4 product issues its
+conversions beside the tensor cores' work: by its loop's instructions (`bench/codegen.py`) at about 0.6 of the peak on sm_80 and
+sm_90, 0.68 on sm_89, whose tensor cores take twice as long, 0.46 on sm_100, and below 0.2 on gfx942. They take equal time at
+M = 1.25 (peak / bandwidth) / 0.85 / (1 / e - 1 / 0.75): 675 on A100, 4,490 on L40S, 1,300 on H100, 490 on B200, 100 on MI300X;
+the table asks for more, for the weight is rounded on the way and takes memory."""
+
 _BYTES = {"plain": 2.0, "int8": 1.0, "fp8": 1.0, "int4": 0.5}
 _MOST_SPLITS = 8
 
@@ -213,6 +222,11 @@ _MOST_SPLITS = 8
 def wide_rows(card: Card) -> int:
     """Rows of x from which on the int8 form of a layer that is packed twice is taken."""
     return WIDE_ROWS[card.arch]
+
+
+def plain_rows(card: Card) -> int:
+    """Rows of x from which on an int4 weight becomes a plain one for the call."""
+    return PLAIN_ROWS[card.arch]
 
 
 @lru_cache(4096)
@@ -223,7 +237,8 @@ def matmul(card: Card, form: str, gated: bool, m: int, n: int, k: int) -> Matmul
     so that there are two programs for each, but the partial sums, which are written and read, stay fewer bytes than the weights.
     """
     least = min(64, max(16, 1 << (m - 1).bit_length()))
-    tiles = [tile for tile in MATMUL[card.arch][form, gated] if least <= tile.rows <= max(least, m)]
+    tiles = [tile for tile in MATMUL[card.arch][form, gated] if tile.rows >= least]
+    tiles = [tile for tile in tiles if tile.rows <= max(m, tiles[0].rows)]
 
     def programs(tile: MatmulTile) -> int:
         return -(-m // tile.rows) * -(-n // tile.features)

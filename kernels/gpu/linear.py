@@ -9,6 +9,7 @@ x `[M, K]`, W `[N, K]`. Forms of W, each a `PackedLinear` made once by `pack_*`;
   holds input j in its low nibble and input group / 2 + j in its high one, so that a run of 16 bytes is one load and
   its nibbles are columns of two products. A nibble becomes a bfloat16 by putting it into the mantissa of 128 (after Kim et
   al., 2022, arXiv 2211.10017), and the scale is applied to each group's sum, not to the weights, which stay exact.
+  For very many rows `unpack_int4` makes a plain weight of it first (`configs.PLAIN_ROWS`).
 
 Rows of W are padded with zeros to whole 16-byte runs, K to a multiple of 64, so that every load is 16 bytes wide. On sm_90 and
 later the tensor memory accelerator loads the operands of many rows (`configs.LOADS`).
@@ -19,6 +20,7 @@ atomically, so that a result does not change from run to run.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 import triton
@@ -33,7 +35,7 @@ from pagemill.kernels.gpu.norm import rms_norm, rms_norm_quantized
 from pagemill.kernels.linear import PackedLinear
 from pagemill.kernels.norm import Norm
 
-__all__ = ["linear", "pack_int4", "pack_plain", "pack_scaled", "quantize"]
+__all__ = ["linear", "pack_int4", "pack_plain", "pack_scaled", "quantize", "unpack_int4"]
 
 _ALIGN = 64
 
@@ -290,6 +292,33 @@ def int4_kernel(
 
 
 @triton.jit
+def unpack_kernel(
+    w, scales, zeros, out, N, K, w_row, out_row,
+    TILE_N: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, ASSEMBLY: tl.constexpr,
+):  # fmt: skip
+    """4-bit weights as numbers, (q - zero) * scale in float32 and rounded once: TILE_N rows and GROUPS groups a program."""
+    HALF: tl.constexpr = GROUP // 2
+    n = tl.program_id(0) * TILE_N + tl.arange(0, TILE_N)
+    j = tl.arange(0, HALF)
+    there = n < N
+    kind = out.dtype.element_ty
+    for g in tl.static_range(GROUPS):
+        group = tl.program_id(1) * GROUPS + g
+        byte = tl.multiple_of(group * HALF, 16)
+        w_at = w + (n.to(tl.int64) * w_row)[:, None] + byte + j[None, :]
+        packed = tl.load(w_at, mask=there[:, None], other=0)
+        zero = tl.load(zeros + group * N + n, mask=there, other=0).to(kind)
+        scale = tl.load(scales + group * N + n, mask=there, other=0.0).to(tl.float32)[:, None]
+        low, high = _nibbles(packed, (-128.0 - zero)[:, None].to(kind), ASSEMBLY)
+        k = tl.multiple_of(group * GROUP, 32) + j
+        at = out + (n.to(tl.int64) * out_row)[:, None] + k[None, :]
+        low = tl.where((k < K)[None, :], low.to(tl.float32) * scale, 0.0)
+        high = tl.where((k + HALF < K)[None, :], high.to(tl.float32) * scale, 0.0)
+        tl.store(at, low.to(kind), mask=there[:, None])
+        tl.store(at + HALF, high.to(kind), mask=there[:, None])
+
+
+@triton.jit
 def finish_kernel(
     partial, x_scale, w_scale, bias, residual, out, M, N, out_row, splits, TILE_N: tl.constexpr, GATED: tl.constexpr,
     SCALED: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
@@ -385,6 +414,28 @@ def quantize(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return out, scale
 
 
+def unpack_int4(packed: PackedLinear, dtype: torch.dtype) -> PackedLinear:
+    """A weight of `pack_int4` as one of `pack_plain` in `dtype`, new memory of 4 times the size. What `int4_kernel` keeps exact,
+    scaling sums in float32, is rounded here."""
+    weight, scales, zeros = packed.weight, packed.scales, packed.zeros
+    if packed.scheme != "int4" or scales is None or zeros is None:
+        raise ValueError(f"packed should be an int4 weight, and is {packed.scheme}")
+    n, columns = len(weight), 2 * weight.shape[1]
+    out = torch.empty(n, columns, dtype=dtype, device=weight.device)
+    groups = max(1, _ALIGN // packed.group)
+    grid = triton.cdiv(n, 32), columns // (groups * packed.group)
+    unpack_kernel[grid](
+        weight, scales, zeros, out, n, packed.in_features, weight.stride(0), out.stride(0), TILE_N=32,
+        GROUP=packed.group, GROUPS=groups, ASSEMBLY=_has_assembly(out), num_warps=4,
+    )  # fmt: skip
+    return replace(packed, weight=out, scheme="plain", scales=None, zeros=None, group=0)
+
+
+def _has_assembly(x: Tensor) -> bool:
+    """Whether `_nibbles` is four instructions of PTX for this dtype and device."""
+    return x.dtype == torch.bfloat16 and configs.card_of(x.device).arch != configs.AMD
+
+
 def _describable(x: Tensor) -> bool:
     """Whether the tensor memory accelerator can read the rows of x: they begin at multiples of 16 bytes."""
     return x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0 and x.stride(1) == 1
@@ -449,7 +500,7 @@ def linear(
         int4_kernel[grid](
             x, weight.weight, weight.scales, weight.zeros, bias_at, residual_at, out, partial, m, n, k, x.stride(0),
             weight.weight.stride(0), out.stride(0), per_split, GROUP=weight.group,
-            ASSEMBLY=x.dtype == torch.bfloat16 and configs.card_of(x.device).arch != configs.AMD, **common,
+            ASSEMBLY=_has_assembly(x), **common,
         )  # fmt: skip
     else:
         described = tile.loads != "pointers" and _describable(x) and _describable(weight.weight)

@@ -1,7 +1,7 @@
 """The Triton kernels under the contracts of `pagemill.kernels`, for `select`.
 
-What differs from the CPU: int4 layers keep activations in the compute dtype (W4A16), keys lie in the cache like values, and ids,
-slots, positions and lengths are not checked, since looking at them would wait for the device.
+What differs from the CPU: int4 layers keep activations in the compute dtype (W4A16), and for very many rows round their weights
+to it; keys lie in the cache like values; ids, slots, positions and lengths are not checked, which would wait for the device.
 """
 
 from __future__ import annotations
@@ -64,6 +64,8 @@ def _product(
     ):
         x, norm = rms_norm(x, *norm), None  # columns are gathered after it
     x, packed = chosen_form(x, packed, tuned.wide_rows(card))
+    if packed.scheme == "int4" and packed.wide is None and len(x) >= configs.plain_rows(card):
+        packed = linear.unpack_int4(packed, x.dtype)
     n, k = packed.out_features, packed.in_features
     tile = tuned.matmul(card, packed.scheme, packed.gated, len(x), n, k)
     return linear.linear(

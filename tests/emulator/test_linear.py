@@ -127,6 +127,21 @@ def test_descriptors(scheme: str, case: str) -> None:
     assert any("tensordesc" in kind for kind in launches[-1].kernel.src.signature.values())
 
 
+@pytest.mark.parametrize(("n", "k", "group"), [(33, 100, 32), (40, 200, 128)])
+def test_int4_becomes_plain(n: int, k: int, group: int) -> None:
+    q = torch.randint(0, 16, (n, k), dtype=torch.uint8)
+    zeros, scales = (
+        torch.randint(1, 16, (n, -(-k // group)), dtype=torch.uint8),
+        torch.rand(n, -(-k // group)),
+    )
+    column = torch.arange(k) // group
+    wanted = (q.float() - zeros.float()[:, column]) * scales[:, column]
+    with emulated():
+        found = linear.unpack_int4(linear.pack_int4(q, scales, zeros), torch.bfloat16).weight
+    assert torch.equal(found[:, :k], wanted.bfloat16())
+    assert not found[:, k:].any()
+
+
 @pytest.mark.parametrize("kind", [torch.int8, FP8], ids=str)
 @pytest.mark.parametrize("k", [1, 63, 64, 1025])
 def test_quantize(k: int, kind: torch.dtype) -> None:

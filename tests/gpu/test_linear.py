@@ -12,7 +12,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from pagemill.kernels.gpu import configs
 from pagemill.kernels.gpu import linear as module
 from pagemill.kernels.gpu.configs import MatmulTile
-from pagemill.kernels.gpu.linear import linear, pack_int4, pack_plain, pack_scaled, quantize
+from pagemill.kernels.gpu.linear import linear, pack_int4, pack_plain, pack_scaled, quantize, unpack_int4
 from tests.gpu.conftest import DEVICE, ON_GPU, bound, error, needs_fp8
 from tests.gpu.reference import product
 
@@ -140,6 +140,24 @@ def test_rows_that_a_descriptor_cannot_have_are_read_by_pointers(odd: str) -> No
         found = linear(x, pack_plain(weight), tile=shape)
     assert error(found, product(x, weight, None, None, False)) < bound(torch.float32)
     assert not blocks
+
+
+@pytest.mark.parametrize(("n", "k", "group"), [(1, 1, 32), (33, 100, 32), (70, 855, 64), (32, 256, 128)])
+def test_int4_becomes_plain(n: int, k: int, group: int, dtype: torch.dtype) -> None:
+    """(q - zero) * scale, rounded once; zero beyond K, whatever the zero point of a group that K cuts."""
+    groups = -(-k // group)
+    q = torch.randint(0, 16, (n, k), dtype=torch.uint8)
+    zeros = torch.randint(1, 16, (n, groups), dtype=torch.uint8)
+    scales = torch.rand(n, groups) * 0.05
+    bias = torch.randn(n).to(dtype)
+    of_column = torch.arange(k) // group
+    wanted = (q.float() - zeros.float()[:, of_column]) * scales[:, of_column]
+    found = unpack_int4(pack_int4(q, scales, zeros, bias), dtype)
+    assert (found.scheme, found.in_features, found.bias is bias) == ("plain", k, True)
+    assert torch.equal(found.weight[:, :k], wanted.to(dtype))
+    assert not found.weight[:, k:].any()
+    with pytest.raises(ValueError, match="packed should be an int4 weight, and is plain"):
+        unpack_int4(found, dtype)
 
 
 def test_quantize() -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from pagemill import Engine, SamplingParams
 from pagemill.errors import KernelUnavailable
 from pagemill.kernels import QUANTISED_KV, Kernels, LayerCache, Scheme, kv_scale_shape, select
+from pagemill.kernels.gpu import configs, linear
 from pagemill.model.config import read_config
 from pagemill.model.decoder import RaggedBatch
 from pagemill.model.loader import load_model
@@ -40,7 +41,7 @@ def off(found: Tensor, wanted: Tensor) -> float:
 
 
 @pytest.mark.parametrize(("scheme", "bound"), [("plain", 1e-6), ("int8", 1e-6), ("int4", 0.02)])
-@pytest.mark.parametrize("rows", [0, 1, 70])
+@pytest.mark.parametrize("rows", [0, 1, 20, 70])
 def test_linear(triton: Kernels, reference: Kernels, rows: int, scheme: Scheme, bound: float) -> None:
     """int4 keeps its activations in the compute dtype, where the CPU rounds them to 8 bits."""
     x = torch.randn(rows, 100)
@@ -61,6 +62,32 @@ def test_linear(triton: Kernels, reference: Kernels, rows: int, scheme: Scheme, 
     ours = triton.pack_swiglu(gate, up, bias, scheme=scheme, group=32)
     theirs = reference.pack_swiglu(gate, up, bias, scheme=scheme, group=32)
     assert off(triton.linear_swiglu(x, ours), reference.linear_swiglu(x, theirs)) < bound
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_int4_of_very_many_rows(triton: Kernels, gated: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In float32 a plain weight gives what groups give, but for the order of sums; an int8 twin goes before it."""
+    x, weight, bias = torch.randn(20, 100), torch.randn(2 * 40, 100), torch.randn(2 * 40)
+    parts = list(weight.chunk(2))
+    pack = (
+        triton.pack_swiglu
+        if gated
+        else lambda *parts, **how: triton.pack_linear(parts[:2], *parts[2:], **how)
+    )
+    op = triton.linear_swiglu if gated else triton.linear
+    packed, twin = (pack(*parts, bias, scheme=scheme) for scheme in ("int4", "int8"))
+    both = replace(packed, wide=twin)
+    before, wide = op(x, packed), op(x, twin)
+    monkeypatch.setattr(configs, "plain_rows", lambda card: 20)
+    monkeypatch.setattr(configs, "wide_rows", lambda card: 20)
+    unpacked: list[object] = []
+    unpack = linear.unpack_int4
+    monkeypatch.setattr(linear, "unpack_int4", lambda *given: unpacked.append(given) or unpack(*given))
+    assert off(op(x, packed), before) < 1e-6
+    assert len(unpacked) == 1
+    assert torch.equal(op(x[:19], packed), before[:19])
+    assert torch.equal(op(x, both), wide)
+    assert len(unpacked) == 1
 
 
 def test_weights_that_are_int4_already(triton: Kernels, reference: Kernels) -> None:
