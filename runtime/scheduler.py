@@ -229,12 +229,14 @@ class Scheduler:
         for seq, token_ids, logprobs in new:
             if seq.token_ids.pop() >= 0:
                 raise AssertionError(f"sequence {seq.id} waits for no token")
-            stop_ids, end = seq.stop_ids, 0
-            for at, token in enumerate(token_ids, 1):
-                if token in stop_ids:
-                    end = at
-                    break
             room = seq.max_tokens - len(seq.token_ids)
+            if len(token_ids) == 1 < room and token_ids[0] not in seq.stop_ids:  # most of the time
+                seq.token_ids.append(token_ids[0])
+                seq.logprobs += logprobs
+                if seq.timeline.first_token is None:
+                    seq.timeline.first_token = now
+                continue
+            end = next((at for at, token in enumerate(token_ids, 1) if token in seq.stop_ids), 0)
             if end and end <= room:
                 ended.append((seq, "stop"))
             elif len(token_ids) >= room:
