@@ -45,7 +45,7 @@ from pagemill.errors import (
     RequestError,
     sentence,
 )
-from pagemill.gpu import gpu_of, is_lost, named_device
+from pagemill.gpu import gpu_of, is_lost, named_device, starting, what_it_said
 from pagemill.memory import spending
 from pagemill.model.config import read_config
 from pagemill.model.loader import find_checkpoint, load_model
@@ -197,7 +197,7 @@ class Engine:
         """Load a model: the embedded `pagemill-tiny`, a folder, or a Hugging Face id.
 
         `options` are the fields of `EngineConfig` (device, dtype, kernels, max_num_seqs, kv_cache_bytes ...). Raises
-        `CheckpointError`, `ConfigError` or `KernelUnavailable`, one sentence each.
+        `CheckpointError`, `ConfigError`, `KernelUnavailable` or `DeviceError`, one sentence each.
         """
         known = EngineConfig.__dataclass_fields__
         if unknown := sorted(set(options) - set(known)):
@@ -221,26 +221,27 @@ class Engine:
                 raise CheckpointError(
                     f"{folder}: config.json has {name_in_both} {ours}, the image settings have {theirs}"
                 )
-        chosen = kernels.select(config.kernels, device, dtype)
-        with spending(gpu_of(device), f"loading {name}", 'use quantize="int4", or a larger device'):
-            model = load_model(
-                folder,
-                model_config,
-                chosen,
-                device,
-                dtype,
-                quantize=config.quantize,
-                weight_cache=config.weight_cache,
-                check_beside=True,
+        with starting(str(device), name):
+            chosen = kernels.select(config.kernels, device, dtype)
+            with spending(gpu_of(device), f"loading {name}", 'use quantize="int4", or a larger device'):
+                model = load_model(
+                    folder,
+                    model_config,
+                    chosen,
+                    device,
+                    dtype,
+                    quantize=config.quantize,
+                    weight_cache=config.weight_cache,
+                    check_beside=True,
+                )
+            return cls(
+                EngineCore(model, prompter, config, dtype, page_format(profile)),
+                processor,
+                model=name,
+                page_prompt=page_prompt,
+                profile=profile,
+                load_seconds=time.perf_counter() - started,
             )
-        return cls(
-            EngineCore(model, prompter, config, dtype, page_format(profile)),
-            processor,
-            model=name,
-            page_prompt=page_prompt,
-            profile=profile,
-            load_seconds=time.perf_counter() - started,
-        )
 
     def read(
         self,
@@ -846,7 +847,7 @@ class Engine:
                 # Nothing of this process will run there again: every page would fail, so that none is begun.
                 device = "the device" if self.core.gpu is None else self.core.gpu.device
                 self._lost = reason = (
-                    f"{device} is lost to this process ({sentence(error)}); "
+                    f"{device} is lost to this process ({what_it_said(error)}); "
                     "begin it anew: the pages that were not finished were not read"
                 )
                 self._closed = True

@@ -5,13 +5,14 @@ A CPU needs none of it. This is the one seam to a device: tests put a fake in it
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pagemill.errors import ConfigError
+from pagemill.errors import ConfigError, DeviceError
 
 
 class Gpu:
@@ -136,7 +137,8 @@ def gpu_of(device: torch.device) -> Gpu | None:
 
 
 def named_device(name: str) -> torch.device:
-    """The device called cpu, cuda or cuda:N. Raises `ConfigError` where there is none of that name."""
+    """The device called cpu, cuda or cuda:N. Raises `ConfigError` where there is none of that name, and `DeviceError` where CUDA
+    does not start."""
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -158,10 +160,14 @@ def named_device(name: str) -> torch.device:
     count = torch.cuda.device_count()
     if device.index is not None and device.index >= count:
         raise ConfigError(f"there is no device {name}: torch sees {count}, cuda:0 to cuda:{count - 1}")
-    return torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+    try:
+        current = torch.cuda.current_device()
+    except RuntimeError as error:  # the driver does not start, whatever it counts
+        raise DeviceError(f"device {name} cannot be used ({what_it_said(error)})") from error
+    return torch.device("cuda", current if device.index is None else device.index)
 
 
-_LOST = ("CUDA error: ", "HIP error: ", "Triton Error [CUDA]: ")
+_PREFIXES = ("CUDA error: ", "HIP error: ", "Triton Error [CUDA]: ")
 _HARMLESS = (
     "out of memory",
     "invalid argument",
@@ -172,17 +178,41 @@ _HARMLESS = (
 """Refusals of one call, after which the device works as before."""
 
 
+def is_of_device(error: Exception) -> bool:
+    """Whether the device or its driver raised an error, and not torch (that it ran out of memory, say) or this program.
+
+    Torch before 2.8 raises RuntimeError for it, and so does Triton.
+    """
+    if isinstance(error, torch.OutOfMemoryError) or not isinstance(error, RuntimeError):
+        return False
+    accelerator: type[Exception] | None = getattr(torch, "AcceleratorError", None)
+    return (accelerator is not None and isinstance(error, accelerator)) or str(error).startswith(_PREFIXES)
+
+
+def what_it_said(error: Exception) -> str:
+    """An error of a device without the lines of advice that torch adds for who looks for the kernel."""
+    return str(error).partition("\n")[0]
+
+
+@contextmanager
+def starting(device: str, model: str) -> Iterator[None]:
+    """Raise `DeviceError`, one sentence, where the device fails while `model` is loaded to it."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_of_device(error):
+            raise
+        raise DeviceError(
+            f"{device} failed while {model} was loaded ({what_it_said(error)}); try again, or take another device"
+        ) from error
+
+
 def is_lost(error: Exception) -> bool:
     """Whether an error (an illegal access, an uncorrectable ECC error, a device off the bus) has ended this process's
     context on the device, so that nothing will run there until the process is begun anew. Running out of memory has not.
 
-    Torch before 2.8 raises RuntimeError for it, and so does Triton; cuBLAS's own errors (CUBLAS_STATUS_...) are not taken
-    for it: where the context is lost, the next step says so.
+    cuBLAS's own errors (CUBLAS_STATUS_...) are not taken for it: where the context is lost, the next step says so.
     """
-    if isinstance(error, torch.OutOfMemoryError) or not isinstance(error, RuntimeError):
+    if not is_of_device(error) or "CUBLAS_STATUS_" in str(error):
         return False
-    text = str(error)
-    if any(harmless in text.partition("\n")[0] for harmless in _HARMLESS) or "CUBLAS_STATUS_" in text:
-        return False
-    accelerator: type[Exception] | None = getattr(torch, "AcceleratorError", None)
-    return (accelerator is not None and isinstance(error, accelerator)) or text.startswith(_LOST)
+    return not any(harmless in what_it_said(error) for harmless in _HARMLESS)

@@ -12,6 +12,7 @@ import threading
 from contextlib import nullcontext
 from importlib import import_module
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -513,14 +514,31 @@ def test_a_command_whose_device_is_lost_is_resumed(tmp_path, monkeypatch):
         patch.setattr(Runner, "execute", lose)
         done = CliRunner().invoke(app, command)
     assert done.exit_code == 2
-    assert "illegal memory access" in done.output
-    assert "--resume" in done.output
+    *_, hint, error = done.output.splitlines()
+    assert hint.startswith("stopped, for no device is left; finished pages are safe. Go on with: ")
+    assert hint.endswith("--resume")
+    said = "CUDA error: an illegal memory access was encountered"
+    assert error.startswith(f"error: the device is lost to this process ({said}); begin it anew")
     first = [json.loads(line) for line in output.read_text().splitlines()]
     assert 0 < len(first) < len(files)
     assert CliRunner().invoke(app, [*command, "--resume"]).exit_code == 0
     records = [json.loads(line) for line in output.read_text().splitlines()]
     assert sorted(record["source"] for record in records) == files
     assert "error" not in {record["status"] for record in first + records}
+
+
+@pytest.mark.parametrize("place", ["kernels.select", "engine.load_model", "runner.Runner.__init__"])
+def test_a_device_that_fails_while_the_engine_starts_is_one_sentence(monkeypatch, place):
+    monkeypatch.setattr(f"pagemill.{place}", Mock(side_effect=ILLEGAL))
+    done = CliRunner().invoke(app, ["read", sorted(reference())[0]])
+    assert done.exit_code == 2
+    assert done.output == (
+        "error: cpu failed while pagemill-tiny was loaded (CUDA error: an illegal memory access was encountered); "
+        "try again, or take another device\n"
+    )
+    monkeypatch.setattr(f"pagemill.{place}", Mock(side_effect=RuntimeError("shapes do not match")))
+    with pytest.raises(RuntimeError, match="shapes"):
+        Engine.from_pretrained()
 
 
 def test_reference_kernels_read_the_same(engine):

@@ -1,12 +1,14 @@
 """A GPU's memory: what a step needs is found before keys and values take the rest, and running out is one sentence."""
 
+from unittest.mock import Mock
+
 import pytest
 import torch
 from fake_gpu import FakeGpu
 from test_graphs import PAGE
 
 from pagemill import Engine, SamplingParams
-from pagemill.errors import ConfigError
+from pagemill.errors import ConfigError, DeviceError
 from pagemill.fleet import Fleet
 from pagemill.gpu import named_device
 from pagemill.memory import free_memory
@@ -142,6 +144,18 @@ def test_a_device_without_a_number_is_the_current_one(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 2)
     assert named_device("cuda") == torch.device("cuda:2")
     assert named_device("cuda:1") == torch.device("cuda:1")
+
+
+def test_a_driver_that_does_not_start_is_one_sentence(monkeypatch):
+    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    failed = RuntimeError("CUDA error: system not yet initialized\nCompile with")
+    monkeypatch.setattr(torch.cuda, "current_device", Mock(side_effect=failed))
+    for name in ("cuda", "cuda:1"):
+        sentence = rf"^device {name} cannot be used \(CUDA error: system not yet initialized\)$"
+        with pytest.raises(DeviceError, match=sentence):
+            Engine.from_pretrained(device=name)
 
 
 def test_engines_on_one_device_share_its_memory(monkeypatch):

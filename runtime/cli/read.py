@@ -211,8 +211,9 @@ def read(
                             resolution=resolution if resolution in ("auto", "full") else int(resolution),
                             crop=crop,
                         )
-                except (KeyboardInterrupt, DeviceError):
-                    say(_how_to_resume(target, sys.argv[1:]))
+                except (KeyboardInterrupt, DeviceError) as stop:
+                    why = "stopped, for no device is left" if isinstance(stop, DeviceError) else "interrupted"
+                    say(_how_to_resume(why, target, sys.argv[1:]))
                     raise
             if not quiet:
                 say(summary(totals, target.name))
@@ -283,16 +284,16 @@ def score(
             Console().print(show(result))
 
 
-def _how_to_resume(output: Output, arguments: list[str]) -> str:
+def _how_to_resume(why: str, output: Output, arguments: list[str]) -> str:
     if not output.resumable:
-        return "interrupted."
+        return f"{why}."
     again = [argument for argument in arguments if argument != "--overwrite"]
     if "--resume" not in again:
         again.append("--resume")
     command = printable(shlex.join(["pagemill", *again]))
     if len(command) > _LONGEST_COMMAND:
-        return "interrupted; finished pages are safe. Go on with the same command and --resume."
-    return f"interrupted; finished pages are safe. Go on with: {command}"
+        return f"{why}; finished pages are safe. Go on with the same command and --resume."
+    return f"{why}; finished pages are safe. Go on with: {command}"
 
 
 def _flat(facts: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

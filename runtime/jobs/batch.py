@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from pagemill.errors import DeviceError
 from pagemill.jobs.inputs import Inputs
 from pagemill.jobs.output import Output
 from pagemill.results import PageResult
@@ -76,8 +77,8 @@ def run(
 ) -> Totals:
     """Read every page of `inputs` that `output` does not hold yet; return the counts. `how` goes to `Engine.read`.
 
-    `on_page` is called after each page that is safe in the output, from another thread. A KeyboardInterrupt
-    drops the pages that are being read, keeps the finished ones and is raised again; so is an OutputError.
+    `on_page` is called after each page that is safe in the output, from another thread. A KeyboardInterrupt,
+    and a DeviceError, drops the pages that are being read, keeps the finished ones and is raised again; so is an OutputError.
     """
     totals = Totals(earlier=output.statuses)
 
@@ -96,7 +97,7 @@ def run(
                     writer.put(result)
             for result in pages:
                 writer.put(result)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, DeviceError):
         if not output.resumable:
             output.finish(inputs.ranks)  # a stream gets what there is
         raise

@@ -1,8 +1,8 @@
 """An engine that reads nothing: what a page yields stands in its file's name.
 
 `a_p3.png` has three pages; names with `bad` fail, names with `loop` degenerate. Pages finish out of order.
-`FAKE_DELAY` (seconds a page), `FAKE_CLOSE` (seconds to close) and `FAKE_RAISE` (the source at which the
-engine breaks) steer it; to the file `FAKE_HOW` it writes how it is asked to read.
+`FAKE_DELAY` (seconds a page), `FAKE_CLOSE` (seconds to close), `FAKE_RAISE` and `FAKE_LOST` (the source at
+which the engine breaks, or loses its device) steer it; to the file `FAKE_HOW` it writes how it is asked to read.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import time
 from collections.abc import Container, Iterator, Sequence
 from pathlib import Path
 
-from pagemill.errors import CheckpointError
+from pagemill.errors import CheckpointError, DeviceError
 from pagemill.results import PageResult, TokenCounts
 
 
@@ -72,6 +72,8 @@ class Engine:
         for source in inputs:
             if self.raise_at and self.raise_at in source:
                 raise RuntimeError("the engine broke")
+            if "FAKE_LOST" in os.environ and os.environ["FAKE_LOST"] in source:
+                raise DeviceError("cuda:0 is lost to this process")
             for page in range(1, pages_of(source) + 1):
                 if (source, page) in skip:
                     continue

@@ -194,6 +194,16 @@ def test_ctrl_c_does_not_repeat_a_thousand_names(tmp_path: Path) -> None:
     assert err.endswith("finished pages are safe. Go on with the same command and --resume.\n")
 
 
+@pytest.mark.parametrize("format", ["jsonl", "md"])
+def test_a_stream_gets_what_was_read_before_the_device_was_lost(tmp_path: Path, format: str) -> None:
+    names = scans(tmp_path, files=8, pages=1)
+    process = start("read", *names, "--format", format, "-q", cwd=tmp_path, FAKE_LOST=names[6])
+    code, out, err = finish(process)
+    assert code == 2
+    assert out.count('{"source":' if format == "jsonl" else "## Page") == 3  # those that the engine gave back
+    assert err == "stopped, for no device is left.\nerror: cuda:0 is lost to this process\n"
+
+
 def test_second_ctrl_c_leaves_at_once(tmp_path: Path) -> None:
     names = scans(tmp_path, files=10, pages=9)
     process = start("read", *names, cwd=tmp_path, FAKE_DELAY="0.3", FAKE_CLOSE="60")
