@@ -843,7 +843,7 @@ class Engine:
         except Exception as error:
             # The running sequences cannot be trusted any more; the engine can, once they have given back what they held.
             reason = f"the engine failed on this batch: {sentence(error)}"
-            if is_lost(error):
+            if is_lost(error, self.core.gpu):
                 # Nothing of this process will run there again: every page would fail, so that none is begun.
                 device = "the device" if self.core.gpu is None else self.core.gpu.device
                 self._lost = reason = (

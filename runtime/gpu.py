@@ -34,6 +34,14 @@ class Gpu:
         held = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
         return free + held, total
 
+    def alive(self) -> bool:
+        """Whether it still runs anything for this process: waits for what it was given."""
+        try:
+            torch.cuda.synchronize(self.device)
+        except RuntimeError:
+            return False
+        return True
+
     def tidy(self) -> None:
         """Give back what torch holds without using it: pieces of one size are no room for another."""
         torch.cuda.empty_cache()
@@ -207,12 +215,14 @@ def starting(device: str, model: str) -> Iterator[None]:
         ) from error
 
 
-def is_lost(error: Exception) -> bool:
+def is_lost(error: Exception, gpu: Gpu | None) -> bool:
     """Whether an error (an illegal access, an uncorrectable ECC error, a device off the bus) has ended this process's
     context on the device, so that nothing will run there until the process is begun anew. Running out of memory has not.
 
-    cuBLAS's own errors (CUBLAS_STATUS_...) are not taken for it: where the context is lost, the next step says so.
+    The device is asked where the error does not tell: cuBLAS's own (CUBLAS_STATUS_...) are the same for a context that is
+    lost as for too little memory, and what fails first on one that is lost may say anything.
     """
-    if not is_of_device(error) or "CUBLAS_STATUS_" in str(error):
-        return False
-    return not any(harmless in what_it_said(error) for harmless in _HARMLESS)
+    told = is_of_device(error) and "CUBLAS_STATUS_" not in str(error)
+    if told and not any(harmless in what_it_said(error) for harmless in _HARMLESS):
+        return True
+    return gpu is not None and not gpu.alive()

@@ -44,12 +44,16 @@ class FakeGpu(Gpu):
         self.peaks = [100 << 20, 10 << 20]
         """What the next runs take at their height."""
         self.num_tidied = 0
+        self.dead = False
 
     def use(self):
         pass
 
     def memory(self):
         return self.free, self.total
+
+    def alive(self):
+        return not self.dead
 
     def tidy(self):
         self.num_tidied += 1

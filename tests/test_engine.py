@@ -17,6 +17,7 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
+from fake_gpu import FakeGpu
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -25,7 +26,7 @@ from pagemill.cli import app
 from pagemill.decode.guidance import Guide, Regex
 from pagemill.decode.loops import Loop
 from pagemill.errors import CheckpointError, ConfigError, DeviceError, KernelUnavailable, RequestError
-from pagemill.gpu import is_lost
+from pagemill.gpu import Gpu, is_lost
 from pagemill.pages.fit import FitOptions, fit_page
 from pagemill.pages.ink import plausible_output_chars
 from pagemill.pages.preprocess import PreparedImage
@@ -459,7 +460,50 @@ ILLEGAL = getattr(torch, "AcceleratorError", RuntimeError)(
     ],
 )
 def test_which_errors_lose_the_device(error, lost):
-    assert is_lost(error) is lost
+    gpu = FakeGpu()
+    assert is_lost(error, None) is is_lost(error, gpu) is lost
+    gpu.dead = True
+    assert is_lost(error, gpu)
+
+
+def test_a_device_that_raises_when_it_is_asked_is_not_alive(monkeypatch):
+    gpu = Gpu(torch.device("cuda:1"))
+    asked = Mock()
+    monkeypatch.setattr(torch.cuda, "synchronize", asked)
+    assert gpu.alive()
+    asked.side_effect = ILLEGAL
+    assert not gpu.alive()
+    asked.assert_called_with(torch.device("cuda:1"))
+
+
+@pytest.mark.parametrize("dead", [False, True])
+def test_after_an_error_that_may_mean_anything_the_device_is_asked(monkeypatch, dead):
+    """cuBLAS says the same where the context is lost and where memory is short: the batch is failed, or the engine ends."""
+    gpu = FakeGpu()
+    for module in ("core", "engine"):
+        monkeypatch.setattr(f"pagemill.{module}.gpu_of", lambda device: gpu)
+    files = sorted(reference())[:4]
+    said = "CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx`"
+    with Engine.from_pretrained(max_num_seqs=1, max_step_image_tokens=16, max_step_tokens=32) as engine:
+        execute, calls = engine.core.runner.execute, []
+
+        def fail(plan):
+            calls.append(plan)
+            if len(calls) == 4:
+                gpu.dead = dead
+                raise RuntimeError(said)
+            return execute(plan)
+
+        engine.core.runner.execute = fail
+        reading = engine.read(files, params=SamplingParams(max_new_tokens=9, max_retries=0))
+        if dead:
+            with pytest.raises(DeviceError, match=rf"lost to this process \({said}\)"):
+                list(reading)
+            assert len(calls) == 4
+        else:
+            found = list(reading)
+            assert [said in (page.error or "") for page in found].count(True) == 1
+            assert len(found) == 4
 
 
 def test_a_lost_device_ends_the_engine_and_no_page_is_called_failed():

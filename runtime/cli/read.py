@@ -50,7 +50,7 @@ _LONGEST_COMMAND = 500  # characters that are still worth repeating
 
 @app.command(
     epilog="[bold]Exit code[/] 0: every page was read (degenerate pages count as read, with a warning). "
-    "1: a page failed. 2: wrong usage, configuration or checkpoint, or the output cannot be written. "
+    "1: a page failed. 2: wrong usage, configuration or checkpoint, a device that is lost, or an output that cannot be written. "
     "70: a bug in pagemill. 130: interrupted. 141: the program that read standard output went away."
 )
 def read(
