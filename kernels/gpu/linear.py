@@ -437,8 +437,11 @@ def _has_assembly(x: Tensor) -> bool:
 
 
 def _describable(x: Tensor) -> bool:
-    """Whether the tensor memory accelerator can read the rows of x: they begin at multiples of 16 bytes."""
-    return x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0 and x.stride(1) == 1
+    """Whether the tensor memory accelerator can read the rows of x: they begin at multiples of 16 bytes, and do not overlap."""
+    row = x.stride(0)
+    return (
+        x.data_ptr() % 16 == 0 and row * x.element_size() % 16 == 0 and row >= x.shape[1] and x.stride(1) == 1
+    )
 
 
 def _blocks(x: Tensor, rows: int, columns: int) -> TensorDescriptor:

@@ -130,10 +130,13 @@ def test_every_tile_of_the_table(form: str, gated: bool) -> None:
         check(form, m, n, k, gated, torch.bfloat16, shape)
 
 
-@pytest.mark.parametrize("odd", ["address", "row"])
+@pytest.mark.parametrize("odd", ["address", "row", "repeated"])
 def test_rows_that_a_descriptor_cannot_have_are_read_by_pointers(odd: str) -> None:
     x = torch.randn(6, 104)
-    x = x[:, 1:101] if odd == "address" else x.flatten()[: 5 * 101].view(5, 101)[:, :100]
+    if odd == "repeated":
+        x = x[:1, :100].expand(5, 100)
+    else:
+        x = x[:, 1:101] if odd == "address" else x.flatten()[: 5 * 101].view(5, 101)[:, :100]
     weight = torch.randn(70, 100)
     shape = replace(tile(5, 1), loads="descriptors")
     with counted() as blocks:
