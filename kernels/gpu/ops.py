@@ -64,7 +64,7 @@ def _product(
     ):
         x, norm = rms_norm(x, *norm), None  # columns are gathered after it
     x, packed = chosen_form(x, packed, tuned.wide_rows(card))
-    if packed.scheme == "int4" and packed.wide is None and len(x) >= configs.plain_rows(card):
+    if packed.scheme == "int4" and packed.wide is None and len(x) >= tuned.plain_rows(card):
         packed = linear.unpack_int4(packed, x.dtype)
     n, k = packed.out_features, packed.in_features
     tile = tuned.matmul(card, packed.scheme, packed.gated, len(x), n, k)

@@ -7,7 +7,7 @@ measuring itself is tested without a GPU.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import inf
 from typing import TypeVar
@@ -97,9 +97,12 @@ def tune(
     products: Iterable[Product],
     seconds: Seconds,
     attention_seconds: AttentionSeconds,
+    unpack_seconds: Callable[[Product], float],
     progress: Callable[[str], None] = lambda what: None,
 ) -> Tuned:
     """The fastest configurations; `progress` is told what was measured, after each product and kind of attention.
+
+    `unpack_seconds`: of making an int4 weight a plain one, asked where both forms are measured.
 
     Raises ValueError where nothing runs, not even the table's choice.
     """
@@ -120,7 +123,12 @@ def tune(
             {tile: attention_seconds(kind, tile) for tile in attention_candidates(card, kind)}, kind
         )
         progress(f"attention: {kind}")
-    return Tuned(matmul, tiles_of, _crossover(best))
+    unpack = {
+        product: unpack_seconds(product)
+        for product in matmul
+        if product.form == "int4" and replace(product, form="plain") in matmul
+    }
+    return Tuned(matmul, tiles_of, _crossover(best, "int8"), _crossover(best, "plain", unpack))
 
 
 def _fastest(times: dict[_Tile, float], what: str) -> _Tile:
@@ -132,20 +140,25 @@ def _fastest(times: dict[_Tile, float], what: str) -> _Tile:
     return quickest if times[quickest] < _CLEARLY * times[first] else first
 
 
-def _crossover(best: dict[tuple[Product, int], float]) -> int | None:
-    """The rows from which on all products that have both forms take less time in int8 than in int4, one layer of each."""
+def _crossover(
+    best: dict[tuple[Product, int], float], form: str, before: Mapping[Product, float] | None = None
+) -> int | None:
+    """The rows from which on all products that have both forms take less time in `form` than in int4, one layer of each; with
+    what an int4 product takes `before` the other."""
     both = [
-        (product, replace(product, form="int8"))
+        (product, replace(product, form=form))
         for product in dict.fromkeys(product for product, _ in best)
-        if product.form == "int4" and (replace(product, form="int8"), 1) in best
+        if product.form == "int4" and (replace(product, form=form), 1) in best
     ]
+    first = before or {}
     if not both:
         return None
     most = max(ROWS) * 2
     for rows in reversed(ROWS):
         measured = [pair for pair in both if (pair[0], rows) in best]
         int4 = sum(best[four, rows] for four, _ in measured)
-        if measured and sum(best[eight, rows] for _, eight in measured) >= int4:
+        other = sum(best[pair, rows] + first.get(four, 0.0) for four, pair in measured)
+        if measured and other >= int4:
             return most
         most = rows
     return 1
@@ -166,6 +179,11 @@ class Bench:
         packed = self._product[1]
         x = torch.randn(rows, product.inputs, dtype=torch.bfloat16, device=self.device)
         return self._seconds(lambda: linear.linear(x, packed, tile=tile))
+
+    def unpack(self, product: Product) -> float:
+        """Seconds of making an int4 weight a plain one in bfloat16."""
+        packed = self._packed(product)
+        return self._seconds(lambda: linear.unpack_int4(packed, torch.bfloat16))
 
     def attention(self, kind: str, tile: AttentionTile) -> float:
         """Seconds of attention in bfloat16 over contexts, chunks and images of pages; inf where the tile does not fit."""

@@ -31,6 +31,7 @@ __all__ = [
     "matmul",
     "paged",
     "path_of",
+    "plain_rows",
     "save",
     "varlen",
     "wide_rows",
@@ -63,6 +64,8 @@ class Tuned:
     """By kind, of `ATTENTION`."""
     wide_rows: int | None = None
     """Rows of x from which on int8 takes less time than int4; None: it was not measured."""
+    plain_rows: int | None = None
+    """Rows of x from which on int4 made plain takes less time than int4; None: it was not measured."""
 
 
 def _measured(card: Card) -> Tuned | None:
@@ -97,6 +100,12 @@ def wide_rows(card: Card) -> int:
     return (found and found.wide_rows) or configs.wide_rows(card)
 
 
+def plain_rows(card: Card) -> int:
+    """`configs.plain_rows`, or what was measured."""
+    found = _measured(card)
+    return (found and found.plain_rows) or configs.plain_rows(card)
+
+
 @lru_cache(1)
 def _kernels_digest() -> str:
     sources = (Path(__file__).with_name(name).read_bytes() for name in _KERNELS)
@@ -122,6 +131,7 @@ def save(card_name: str, tuned: Tuned) -> Path:
         ],
         "attention": {kind: asdict(tile) for kind, tile in tuned.attention.items()},
         "wide_rows": tuned.wide_rows,
+        "plain_rows": tuned.plain_rows,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     with written_whole(path) as file:
@@ -162,8 +172,11 @@ def _parse(content: Any, card_name: str) -> Tuned:
         for kind in ATTENTION
         if kind in content["attention"]
     }
-    wide = content["wide_rows"]
-    return Tuned(matmul, attention, None if wide is None else _whole(wide, 1, 1 << 30))
+    wide, plain = (
+        None if content[name] is None else _whole(content[name], 1, 1 << 30)
+        for name in ("wide_rows", "plain_rows")
+    )
+    return Tuned(matmul, attention, wide, plain)
 
 
 def _whole(value: Any, low: int, high: int) -> int:

@@ -81,7 +81,7 @@ def tune(
             def measured(what: str) -> None:
                 progress.update(task, advance=1, description=f"measured {what}")
 
-            best = tune(card, products, bench.matmul, bench.attention, measured)
+            best = tune(card, products, bench.matmul, bench.attention, bench.unpack, measured)
         path = tuned.save(card.name, best)
         say(
             f"[bold]{escape(printable(str(path)))}[/]: {len(best.matmul)} products and {len(best.attention)} kinds of attention "

@@ -32,6 +32,8 @@ def test_what_is_timed_are_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
         ):
             assert bench.matmul(product, 3, tile) == 0.002
             assert runs.pop().shape == (3, 40)
+        assert bench.unpack(Product("int4", False, 40, 96)) == 0.002
+        assert runs.pop().weight.shape == (40, 128)
         for kind, shape in zip(ATTENTION, [(3, 4, 32), (34, 4, 32), (32, 2, 16), (33, 2, 16)], strict=True):
             assert bench.attention(kind, AttentionTile(16, 32, 4, 2)) == 0.002
             assert runs.pop().shape == shape

@@ -15,7 +15,7 @@ from torch import Tensor
 from pagemill import Engine, SamplingParams
 from pagemill.errors import KernelUnavailable
 from pagemill.kernels import QUANTISED_KV, Kernels, LayerCache, Scheme, kv_scale_shape, select
-from pagemill.kernels.gpu import configs, linear
+from pagemill.kernels.gpu import linear, tuned
 from pagemill.model.config import read_config
 from pagemill.model.decoder import RaggedBatch
 from pagemill.model.loader import load_model
@@ -78,8 +78,8 @@ def test_int4_of_very_many_rows(triton: Kernels, gated: bool, monkeypatch: pytes
     packed, twin = (pack(*parts, bias, scheme=scheme) for scheme in ("int4", "int8"))
     both = replace(packed, wide=twin)
     before, wide = op(x, packed), op(x, twin)
-    monkeypatch.setattr(configs, "plain_rows", lambda card: 20)
-    monkeypatch.setattr(configs, "wide_rows", lambda card: 20)
+    monkeypatch.setattr(tuned, "plain_rows", lambda card: 20)
+    monkeypatch.setattr(tuned, "wide_rows", lambda card: 20)
     unpacked: list[object] = []
     unpack = linear.unpack_int4
     monkeypatch.setattr(linear, "unpack_int4", lambda *given: unpacked.append(given) or unpack(*given))

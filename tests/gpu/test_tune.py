@@ -31,6 +31,11 @@ def _a_cache_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     load.cache_clear()
 
 
+def never(product: Product) -> float:
+    """Seconds of unpacking where nothing is to be unpacked."""
+    raise AssertionError(product)
+
+
 def table(product: Product, rows: int) -> MatmulTile:
     return configs.matmul(CARD, product.form, product.gated, rows, product.features, product.inputs)
 
@@ -77,7 +82,9 @@ def test_the_fastest_is_taken_and_the_table_where_it_is_close() -> None:
         return 1.0 if tile == table(product, rows) else inf  # does not fit
 
     said: list[str] = []
-    found = tune(CARD, [PLAIN, PLAIN], seconds, lambda kind, tile: tile.keys + tile.stages, said.append)
+    found = tune(
+        CARD, [PLAIN, PLAIN], seconds, lambda kind, tile: tile.keys + tile.stages, never, said.append
+    )
     chosen = dict(found.matmul[PLAIN])
     assert chosen[8] == wanted
     assert all(chosen[rows] == table(PLAIN, rows) for rows in ROWS if rows != 8)
@@ -85,7 +92,7 @@ def test_the_fastest_is_taken_and_the_table_where_it_is_close() -> None:
     assert found.wide_rows is None
     assert len(said) == 1 + len(ATTENTION)
     with pytest.raises(ValueError, match=r"no configuration of .* runs on this GPU"):
-        tune(CARD, [PLAIN], lambda *_: inf, lambda *_: 1.0)
+        tune(CARD, [PLAIN], lambda *_: inf, lambda *_: 1.0, never)
 
 
 @pytest.mark.parametrize(("crossing", "wide"), [(64, 64), (1, 1), (10**6, 2 * max(ROWS)), (100, 128)])
@@ -95,7 +102,21 @@ def test_int8_begins_where_it_takes_less_time_for_all_layers(crossing: int, wide
     def seconds(product: Product, rows: int, tile: MatmulTile) -> float:
         return 2.0 if (product.form == "int8") == (rows < crossing) else 1.0
 
-    assert tune(CARD, pairs, seconds, lambda *_: 1.0).wide_rows == wide
+    found = tune(CARD, pairs, seconds, lambda *_: 1.0, never)
+    assert (found.wide_rows, found.plain_rows) == (wide, None)
+
+
+@pytest.mark.parametrize(("unpack", "plain"), [(0.0, 1), (1.5, 256), (30.0, 4096), (100.0, 2 * max(ROWS))])
+def test_int4_becomes_plain_where_that_takes_less_time_with_the_unpacking(unpack: float, plain: int) -> None:
+    """A row takes 0.01 s of the plain product, 0.02 s of int4; PLAIN has no int4 form that would count."""
+    pairs = [PAIR, replace(PAIR, form="plain"), PLAIN]
+    asked: list[Product] = []
+
+    def seconds(product: Product, rows: int, tile: MatmulTile) -> float:
+        return rows * (0.02 if product.form == "int4" else 0.01)
+
+    found = tune(CARD, pairs, seconds, lambda *_: 1.0, lambda product: asked.append(product) or unpack)
+    assert (found.plain_rows, found.wide_rows, asked) == (plain, None, [PAIR])
 
 
 def test_what_was_measured_goes_before_the_table() -> None:
@@ -103,7 +124,9 @@ def test_what_was_measured_goes_before_the_table() -> None:
     assert tuned.matmul(CARD, "plain", False, 8, 2048, 2048) == table(PLAIN, 8)
     load.cache_clear()
     other = replace(TILE, stages=2)
-    path = save(CARD.name, Tuned({PLAIN: ((16, TILE), (64, other))}, {"decode": KEYS, "images": KEYS}, 96))
+    path = save(
+        CARD.name, Tuned({PLAIN: ((16, TILE), (64, other))}, {"decode": KEYS, "images": KEYS}, 96, 700)
+    )
     assert path == path_of(CARD.name)
     assert [tuned.matmul(CARD, "plain", False, m, 2048, 2048) for m in (1, 16, 17, 9999)] == [
         TILE,
@@ -117,9 +140,10 @@ def test_what_was_measured_goes_before_the_table() -> None:
     assert tuned.paged(CARD, decoding=True) == tuned.varlen(CARD, 4096, 1) == KEYS
     assert tuned.paged(CARD, decoding=False) == configs.paged(CARD, decoding=False)
     assert tuned.varlen(CARD, 64, 1) == configs.varlen(CARD, 64, 1)
-    assert tuned.wide_rows(CARD) == 96
+    assert (tuned.wide_rows(CARD), tuned.plain_rows(CARD)) == (96, 700)
     another = replace(CARD, name="Card 2")
     assert tuned.wide_rows(another) == configs.wide_rows(another)
+    assert tuned.plain_rows(another) == configs.plain_rows(another)
 
 
 def test_kept_as_it_was() -> None:
@@ -141,6 +165,7 @@ def test_kept_as_it_was() -> None:
         lambda text: text.replace('"most_rows": 16', '"most_rows": 0'),
         lambda text: text.replace('"most_rows": 16', '"most_rows": 64'),
         lambda text: text.replace('"wide_rows": 96', '"wide_rows": true'),
+        lambda text: text.replace('"plain_rows": null', '"plain_rows": 0'),
         lambda text: json.dumps({**json.loads(text), "kernels": "of another day"}),
         lambda text: "[" * 100_000,
         lambda text: text + " " * (1 << 22),
