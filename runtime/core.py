@@ -180,7 +180,8 @@ class EngineCore:
         )
 
     def _needed(self, gpu: Gpu, free: int) -> int:
-        """Bytes of a GPU that keys and values may not take, found by computing the largest steps.
+        """Bytes of a GPU that keys and values may not take, found by computing the largest steps (and smaller ones, whose
+        kernels no page is to wait for).
 
         Raises `ConfigError` where that leaves nothing.
         """
@@ -189,7 +190,7 @@ class EngineCore:
         with spending(gpu, "computing the largest step", _LOWER_STEP):
             rows = min(config.max_step_tokens, max(GIVEN_ROWS, config.max_num_seqs * (1 + _MAX_DRAFT)))
             step = gpu.peak(
-                lambda: trial.try_step(config.max_step_tokens, config.max_step_image_tokens, rows)
+                lambda: trial.try_steps(config.max_step_tokens, config.max_step_image_tokens, rows)
             )
             if config.cuda_graphs:  # recorded steps have memory of their own
                 step += gpu.peak(trial.try_decoding)

@@ -16,7 +16,7 @@ from torch import Tensor
 from pagemill.cache import ImageCache
 from pagemill.errors import ConfigError
 from pagemill.gpu import Gpu
-from pagemill.graphs import DecodeGraphs
+from pagemill.graphs import DecodeGraphs, ladder
 from pagemill.kernels import QUANTISED_KV, LayerCache, kv_scale_shape
 from pagemill.model.decoder import RaggedBatch
 from pagemill.model.loader import Model
@@ -140,6 +140,11 @@ class Runner:
             max_blocks=self._block_tables.shape[1],
             vocab_size=self.model.config.text.vocab_size,
         )
+
+    def try_steps(self, tokens: int, image_tokens: int, logit_rows: int) -> None:
+        """Compute steps up to this size for nothing, the largest first, so that every kernel is compiled and loaded once."""
+        for size in reversed(ladder(tokens)):
+            self.try_step(size, max(1, image_tokens * size // tokens), min(logit_rows, size))
 
     def try_step(self, tokens: int, image_tokens: int, logit_rows: int) -> None:
         """Compute a step of this size for nothing, an image of about so many tokens before it: no key is written."""

@@ -66,8 +66,11 @@ def test_the_largest_step_is_the_largest_and_writes_no_key(world, gpu, monkeypat
     monkeypatch.setattr(type(world.model.decoder), "__call__", decoder)
     monkeypatch.setattr(type(world.model.vision), "__call__", vision)
     world.core(max_num_seqs=5, max_step_tokens=100, max_step_image_tokens=26, max_model_len=40)
-    assert steps == [(100, 3, 100), (32, 32, 32)]
-    assert images == [25]
+    assert steps[0] == (100, 3, 100)
+    assert steps[-1] == (32, 32, 32)
+    assert [tokens for tokens, _, _ in steps[1:-1]] == [96, 64, 48, 32, 24, 16, 8, 4, 2, 1]
+    assert images[0] == 25
+    assert images == sorted(images, reverse=True)
     trial = runners[0]
     assert all(not part.any() for layer in trial.kv_cache for part in layer if part is not None)
 

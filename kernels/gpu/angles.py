@@ -9,7 +9,7 @@ from torch import Tensor
 __all__ = ["mrope_angles"]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def mrope_angles_kernel(
     positions, axis, cos, sin, cos_out, sin_out, tokens, F, TILE: tl.constexpr
 ):  # fmt: skip

@@ -13,6 +13,7 @@ x `[M, K]`, W `[N, K]`. Forms of W, each a `PackedLinear` made once by `pack_*`;
 
 Rows of W are padded with zeros to whole 16-byte runs, K to a multiple of 64, so that every load is 16 bytes wide. On sm_90 and
 later the tensor memory accelerator loads the operands of many rows (`configs.LOADS`).
+One compiled kernel serves every number of rows (`do_not_specialize`): pages do not wait for compilers.
 For few rows the inputs are cut among programs too (split-K); partial sums are added in a fixed order by `_finish`, not
 atomically, so that a result does not change from run to run.
 """
@@ -126,7 +127,7 @@ def _keep_partial(acc, up, partial, split, m, n, M, N, GATED: tl.constexpr):
         tl.store(partial + at + M * N, up, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def matmul_kernel(
     x, w, x_scale, w_scale, bias, residual, out, partial, M, N, K, x_row, w_row, out_row, k_per_split,
     TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr, PARTS: tl.constexpr, BAND: tl.constexpr,
@@ -234,7 +235,7 @@ def _nibbles(packed, minus_zero, ASSEMBLY: tl.constexpr):
     return low, high
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def int4_kernel(
     x, w, scales, zeros, bias, residual, out, partial, M, N, K, x_row, w_row, out_row, k_per_split,
     TILE_M: tl.constexpr, TILE_N: tl.constexpr, GROUP: tl.constexpr, BAND: tl.constexpr, GATED: tl.constexpr,
@@ -318,7 +319,7 @@ def unpack_kernel(
         tl.store(at + HALF, high.to(kind), mask=there[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "splits"])
 def finish_kernel(
     partial, x_scale, w_scale, bias, residual, out, M, N, out_row, splits, TILE_N: tl.constexpr, GATED: tl.constexpr,
     SCALED: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,

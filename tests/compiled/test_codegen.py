@@ -14,6 +14,7 @@ from machine_code import (
     Code,
     Figures,
     Target,
+    capture,
     inner_loop,
     kind_of,
     loads,
@@ -23,7 +24,7 @@ from machine_code import (
 )
 from torch import Tensor
 
-from pagemill.kernels.gpu import linear
+from pagemill.kernels.gpu import configs, linear
 from pagemill.kernels.gpu.configs import MatmulTile
 
 CUDA = [target for target in TARGETS.values() if target.is_cuda]
@@ -53,6 +54,19 @@ def test_operands_of_many_rows_come_by_descriptors(target: str, words: list[str]
     (row,) = codegen.run(case, TARGETS[target], _built.setdefault(target, {}))
     assert [word for word in ("described", "specialised") if f", {word}" in row.launch] == words
     assert row.figures.loop.get("global load", 0) <= 2  # on sm_100 another warp copies
+
+
+def test_a_tile_has_one_kernel_for_every_number_of_rows() -> None:
+    """Triton would make one for 1, for multiples of 16 and for all else, while pages wait."""
+    target, tiles = TARGETS["sm_90"], set()
+    with capture(target) as launches:
+        for m in (1, 2, 15, 16, 17, 32, 33, 48, 64, 65, 100, 128, 257, 512, 1000, 1024, 2047, 2048):
+            codegen.product("out", "plain", m, 2048, 2048).call()
+            tile = configs.matmul(target.card, "plain", False, m, 2048, 2048)
+            tiles.add(replace(tile, splits=min(tile.splits, 2)))
+    names = [launch.kernel.rpartition(".")[2] for launch in launches]
+    assert names.count("matmul_kernel") == len(tiles) > 4
+    assert names.count("finish_kernel") == 1
 
 
 def test_every_kind_of_kernel_is_in_the_gate() -> None:
