@@ -263,7 +263,8 @@ def _triton_over(reference: Kernels, device: torch.device, dtype: torch.dtype) -
         )
     if interpreted and dtype != torch.float32:
         raise KernelUnavailable(f"Triton's interpreter computes {dtype} wrongly; use float32")
-    quantised_kv = tuple(QUANTISED_KV)
+    # AMD's float8 is another one (fnuz), converted in software.
+    quantised_kv = tuple(QUANTISED_KV) if torch.version.hip is None else (torch.int8,)
     if device.type == "cuda" and torch.version.hip is None:
         found = torch.cuda.get_device_capability(device)
         if found < _OLDEST:

@@ -8,6 +8,7 @@ begun again from its prompt.
 from __future__ import annotations
 
 import time
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
@@ -79,8 +80,9 @@ class _Flight:
     logits: Tensor
     masks: Future[npt.NDArray[np.int32]] | None
     started: float
-    """When it was planned, or, if that was ahead, when the tokens before it were known; and this thread's own time."""
+    """When it was planned, or, if that was ahead, when the tokens before it were known."""
     clock: float
+    """From when on it is counted for the draft budget, by the clock of that."""
     early: bool
     """Whether it was planned ahead."""
 
@@ -100,7 +102,9 @@ class EngineCore:
         config: EngineConfig,
         dtype: torch.dtype,
         page_format: PageFormat | None = None,
+        max_image_tokens: int = 0,
     ) -> None:
+        """`max_image_tokens`: of the largest image that may come, for which a GPU's memory has to suffice."""
         text = model.config.text
         self.model, self.prompter, self.config = model, prompter, config
         self.gpu = gpu_of(model.vision.device)
@@ -109,6 +113,7 @@ class EngineCore:
             raise ConfigError(
                 f"max_model_len {self.max_model_len} is beyond the model's {text.max_position_embeddings} positions"
             )
+        self._max_image_tokens = min(max_image_tokens, self.max_model_len)
         self.images: ImageCache[Embeddings] = ImageCache(2 * config.max_step_image_tokens)
         self.kv_dtype = _KV_DTYPES.get(config.kv_cache_dtype, dtype)
         if self.kv_dtype not in (dtype, *model.decoder.kernels.quantised_kv):
@@ -153,7 +158,7 @@ class EngineCore:
         self.draft_budget = DraftBudget()
         self.page_format = page_format or PageFormat()
         # This thread's own time on the CPU: what else runs there does not make drafts dearer.
-        self._clock = time.thread_time if model.vision.device.type == "cpu" else time.perf_counter
+        self._clock = time.thread_time if self.gpu is None else time.perf_counter
         self._guides = GuideFactory(
             prompter.tokenizer, text.vocab_size, model.config.eos_token_ids, self.page_format
         )
@@ -163,6 +168,10 @@ class EngineCore:
         self._ahead = config.overlap and self.gpu is not None
         self._flight: _Flight | None = None
         """The step that the device was given before the tokens of the one before it were known."""
+        self._dropped: list[StepPlan] = []
+        """Steps that the device was given and nobody waited for."""
+        self._known: float | None = None
+        """On a GPU: when the last step's tokens were known, if there is something left to do since then."""
         self.stats = EngineStats(max_num_seqs=config.max_num_seqs, num_blocks=num_blocks)
 
     def _runner(self, num_blocks: int) -> Runner:
@@ -177,6 +186,7 @@ class EngineCore:
             device=device,
             dtype=self.kv_dtype,
             gpu=self.gpu,
+            overlap=config.overlap,
         )
 
     def _needed(self, gpu: Gpu, free: int) -> int:
@@ -190,7 +200,9 @@ class EngineCore:
         with spending(gpu, "computing the largest step", _LOWER_STEP):
             rows = min(config.max_step_tokens, max(GIVEN_ROWS, config.max_num_seqs * (1 + _MAX_DRAFT)))
             step = gpu.peak(
-                lambda: trial.try_steps(config.max_step_tokens, config.max_step_image_tokens, rows)
+                lambda: trial.try_steps(
+                    config.max_step_tokens, max(config.max_step_image_tokens, self._max_image_tokens), rows
+                )
             )
             if config.cuda_graphs:  # recorded steps have memory of their own
                 step += gpu.peak(trial.try_decoding)
@@ -363,10 +375,8 @@ class EngineCore:
         while the device computes: between two calls a step is then under way, planned as if no sequence had ended or looped.
         """
         begun, pending = time.perf_counter(), list[tuple[Sequence, int]]()
+        self._drop_if_idle()
         flight, self._flight = self._flight, None
-        if flight is not None and not any(work.holds for work in flight.plan.work):
-            self._count(flight.plan)  # all of it was for nothing
-            flight = None
         try:
             if flight is None:
                 self._guess()
@@ -380,19 +390,19 @@ class EngineCore:
                 following = self._launch(early=True)
                 self._flight = following if following.plan.work else None
             token_ids, logprobs = tokens()
+            now = time.perf_counter()
+            if self._flight is not None:
+                self._flight.started = self._flight.clock = now
+            places, used = len(self.scheduler.running), self.blocks.num_blocks - self.blocks.num_free
+            self._time(flight, begun, masks_made, now)
+            advanced = [seq for seq, _ in pending]
+            lengths = [len(seq.token_ids) - 1 for seq in advanced]
+            new = ((seq, token_ids[i], logprobs[i]) for seq, i in pending)
+            reasons = dict(self.scheduler.settle(new, now))
         except BaseException:
-            self._flight = None
+            self._flight = self._known = None
             self.scheduler.abandon(pending)
             raise
-        now = time.perf_counter()
-        if self._flight is not None:
-            self._flight.started = self._flight.clock = now
-        places, used = len(self.scheduler.running), self.blocks.num_blocks - self.blocks.num_free
-        self._time(flight, begun, masks_made, now)
-        advanced = [seq for seq, _ in pending]
-        lengths = [len(seq.token_ids) - 1 for seq in advanced]
-        new = ((seq, token_ids[i], logprobs[i]) for seq, i in pending)
-        reasons = dict(self.scheduler.settle(new, now))
         finished: list[Sequence] = []
         stats = self.stats
         for (seq, i), length in zip(pending, lengths, strict=True):
@@ -414,7 +424,10 @@ class EngineCore:
                 stats.finished += 1
                 stats.output_tokens += len(seq.token_ids) - seq.num_prompt
                 stats.discarded_tokens += seq.num_discarded
+        self._drop_if_idle()
         ended = time.perf_counter()
+        if self.gpu is not None:
+            self._known = now if self.scheduler.has_work else None
         if self._flight is None:
             stats.bookkeeping_s += ended - now
         else:
@@ -424,6 +437,13 @@ class EngineCore:
         stats.kv_block_seconds += used * spent
         stats.kv_peak_blocks = max(stats.kv_peak_blocks, used)
         return advanced, finished
+
+    def _drop_if_idle(self) -> None:
+        """Forget the step under way where nobody needs it any more; the device computes it to its end all the same."""
+        if self._flight is not None and not any(work.holds for work in self._flight.plan.work):
+            self._count(self._flight.plan)
+            self._dropped.append(self._flight.plan)
+            self._flight = None
 
     def _launch(self, *, early: bool) -> _Flight:
         """Plan a step and give it to the device. `early`: the tokens of the step before are not known."""
@@ -437,10 +457,27 @@ class EngineCore:
         images = [image for _, image in plan.encode + plan.ahead]
         self.stats.images += len(images)
         self.stats.image_tokens += sum(image.num_tokens for image in images)
-        started, clock = time.perf_counter(), self._clock()
+        # Drafts are paid for by all that passes between two steps' tokens, planning included, where no step hides it.
+        started, clock = time.perf_counter(), self._clock() if self._known is None else self._known
         with spending(self.gpu, "in a step", _LOWER_USE):
             logits = self.runner.execute(plan)
+        self._encode_ahead(plan)
         return _Flight(plan, wanting, drafts, logits, masks, started, clock, early)
+
+    def _encode_ahead(self, plan: StepPlan) -> None:
+        """Encode images of waiting sequences beside the step."""
+        try:
+            self.runner.encode(plan.ahead)
+        except torch.OutOfMemoryError:  # they can wait for their step, and must not cost those that run
+            self.scheduler.encode_ahead = False
+            self.scheduler.abandon([])
+            if self.gpu is not None:
+                self.gpu.tidy()
+            warnings.warn(
+                f"images are no longer encoded beside decoding: there was too little memory; {_LOWER_USE}",
+                RuntimeWarning,
+                stacklevel=2,
+            )
 
     def _choose(self, flight: _Flight) -> tuple[Callable[[], _Tokens], float]:
         """Have a step's tokens chosen; return what waits for them, and when their masks were made."""
@@ -495,18 +532,23 @@ class EngineCore:
         stats.prefill_s += share * model_s
         stats.decode_s += (1 - share) * model_s
         left = now - flight.started - encode_s - model_s
+        for dropped in self._dropped:  # the device was busy with it before it came to this one
+            wasted = min(sum(self.runner.seconds(dropped)), max(left, 0.0))
+            stats.decode_s += wasted
+            left -= wasted
+        self._dropped.clear()
         if flight.early:  # masks were made while the device computed
             stats.bookkeeping_s += max(left, 0.0)
         else:
             # A GPU computes while masks are made: they count from where it was done.
-            masks_s = max(masks_made - flight.started - encode_s - model_s, 0.0)
+            masks_s = min(max(masks_made - flight.started - encode_s - model_s, 0.0), max(left, 0.0))
             stats.masks_s += masks_s
             stats.sampling_s += max(left - masks_s, 0.0)
             stats.bookkeeping_s += flight.started - begun
         num_drafted = sum(map(len, flight.drafts))
         decodes = total == len(flight.wanting) + num_drafted
         if decodes and not plan.encode and all(work.seq.control.reference is None for work in flight.wanting):
-            clock = now if flight.early else self._clock()
+            clock = self._clock() if self.gpu is None else now
             self.draft_budget.observe(len(flight.wanting), num_drafted, clock - flight.clock)
 
     def _count(self, plan: StepPlan) -> None:

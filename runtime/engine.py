@@ -235,7 +235,7 @@ class Engine:
                     check_beside=True,
                 )
             return cls(
-                EngineCore(model, prompter, config, dtype, page_format(profile)),
+                EngineCore(model, prompter, config, dtype, page_format(profile), processor.max_tokens),
                 processor,
                 model=name,
                 page_prompt=page_prompt,

@@ -124,8 +124,12 @@ class Gpu:
             current.wait_stream(self._side)
             graph = torch.cuda.CUDAGraph()
             # thread_local: what another engine's thread does meanwhile, allocate say, does not end the recording.
-            with torch.cuda.graph(graph, self._pool, self._side, "thread_local"):
-                run()
+            try:
+                with torch.cuda.graph(graph, self._pool, self._side, "thread_local"):
+                    run()
+            except RuntimeError as error:  # ending a recording that broke off fails, too
+                cause = error.__context__
+                raise cause if isinstance(cause, torch.OutOfMemoryError) else error from None
         return graph.replay
 
 

@@ -95,8 +95,11 @@ class Runner:
         device: torch.device,
         dtype: torch.dtype,
         gpu: Gpu | None = None,
+        overlap: bool = True,
     ) -> None:
+        """`overlap`: a GPU encodes images on a stream of their own."""
         self.model, self.images, self.device, self.gpu = model, images, device, gpu
+        self._beside = gpu if overlap else None
         self.block_size = block_size
         text = model.config.text
         shapes_of = model.decoder.kernels.kv_cache_shapes
@@ -158,12 +161,15 @@ class Runner:
         arrays = self._empty_batch(np.array(starts, dtype=np.int32), logit_rows)
         rows = np.arange(tokens, dtype=np.int32)
         arrays["image_index"] = np.where(rows < len(image), rows, -1).astype(np.int32)
-        self.model.decoder.kernels.greedy(self._compute(arrays, image[:tokens]))
+        logits = self._compute(arrays, image[:tokens])
+        for mask in (None, torch.full((len(logits), -(-logits.shape[1] // 32)), -1, dtype=torch.int32)):
+            self.model.decoder.kernels.greedy(logits, mask if mask is None else mask.to(logits.device))
 
     def try_decoding(self) -> None:
         """Compute the largest step that is recorded, for nothing."""
         most = self._recorded_tokens
-        self._compute(self._empty_batch(np.arange(most + 1, dtype=np.int32), most), None)
+        logits = torch.empty(most, self.model.config.text.vocab_size, device=self.device)  # as graphs have
+        logits[:] = self._compute(self._empty_batch(np.arange(most + 1, dtype=np.int32), most), None)
 
     def _empty_batch(
         self, query_start: npt.NDArray[np.int32], logit_rows: int
@@ -187,12 +193,11 @@ class Runner:
         """
         self.model.settle()
         begun = encoded = self.clock.mark()
-        self._encode(plan.encode)
+        self.encode(plan.encode)
         if self._join_images(plan) or plan.encode:
             encoded = self.clock.mark()
         logits = self._decode(plan)
         plan.marks = begun, encoded, self.clock.mark()
-        self._encode(plan.ahead)
         return logits
 
     def keep(self, token_ids: Tensor) -> None:
@@ -244,7 +249,8 @@ class Runner:
             batch = replace(batch, token_ids=torch.where(ids < 0, chosen, ids))
         return self.model.decoder(batch, self.kv_cache)
 
-    def _encode(self, encode: list[tuple[Sequence, SequenceImage]]) -> None:
+    def encode(self, encode: list[tuple[Sequence, SequenceImage]]) -> None:
+        """Encode images for which the plan has reserved space; a GPU does it beside what it was given before."""
         while encode:
             count, tokens = 1, encode[0][1].num_tokens
             while count < len(encode) and tokens + encode[count][1].num_tokens <= self._encode_tokens:
@@ -262,15 +268,15 @@ class Runner:
 
     def _see(self, images: list[tuple[Tensor, Tensor, Grid]]) -> list[Embeddings]:
         """The vision tower's embeddings; a GPU computes them beside what it decodes."""
-        if self.gpu is None:
+        if self._beside is None:
             return [(found, _nothing) for found in self.model.vision(images)]
-        embeddings, join = self.gpu.beside(lambda: self.model.vision(images))
+        embeddings, join = self._beside.beside(lambda: self.model.vision(images))
         return [(found, join) for found in embeddings]
 
     def _join_images(self, plan: StepPlan) -> bool:
         """Make a GPU wait for the images that this step reads; False if there is nothing to wait for."""
         found = False
-        if self.gpu is None:
+        if self._beside is None:
             return found
         for seq, start, count, _ in plan.work:
             if start < seq.num_prompt:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import test_core
 import test_steering
+import torch
 from fake_gpu import FakeGpu
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -155,7 +156,7 @@ def test_a_cancelled_sequence_leaves_a_step_under_way(world, gpu):
     assert len(seqs[0].output_ids) == 4
 
 
-@pytest.mark.parametrize("place", ["launch", "fetch"])
+@pytest.mark.parametrize("place", ["launch", "fetch", "clock"])
 def test_a_step_that_fails_leaves_no_placeholder(world, gpu, place):
     """One sequence was preempted while the next step was planned: it waits, with a token that never comes."""
     core = world.core(num_blocks=26, block_size=2, max_num_seqs=4)
@@ -175,8 +176,11 @@ def test_a_step_that_fails_leaves_no_placeholder(world, gpu, place):
         if preempted:
             raise RuntimeError("this step")
 
+    seconds = core.runner.seconds
     if place == "launch":
         core.runner.execute = lambda plan: failing() or execute(plan)
+    elif place == "clock":
+        core.runner.seconds = lambda plan: failing() or seconds(plan)
     else:
 
         def fetched_late(*given):
@@ -191,7 +195,7 @@ def test_a_step_that_fails_leaves_no_placeholder(world, gpu, place):
         gpu.fetch = fetched_late
     with pytest.raises(RuntimeError, match="this step"):
         drain(core)
-    core.runner.execute, gpu.fetch = execute, fetch
+    core.runner.execute, core.runner.seconds, gpu.fetch = execute, seconds, fetch
     assert not core.ahead
     victim = preempted[0]
     assert victim.row < 0
@@ -231,7 +235,7 @@ def test_images_are_encoded_once_and_beside_steps_that_decode(world, gpu):
         seqs = [add_page(core, image, 9 + i) for i, image in enumerate(images)]
         drain(core)
         outputs[overlap] = [seq.output_ids for seq in seqs]
-        assert gpu.encoded - before == len(images)
+        assert gpu.encoded - before == (len(images) if overlap else 0), "without, on the one stream"
         assert core.stats.images == len(images)
         ahead = [plan for plan, _ in plans if plan.ahead]
         assert len(ahead) == (1 if overlap else 0), "four wait, and there is room for all"
@@ -283,6 +287,28 @@ def test_images_held_early_go_with_their_sequence(world, gpu):
     assert core.images.used_tokens == 6
     drain(core)
     assert [seq.finish_reason for seq in (first, second, third)] == ["length", "cancelled", "length"]
+
+
+def test_too_little_memory_for_images_ahead_costs_no_page(world, gpu, monkeypatch):
+    images = pages(4)
+    core = world.core(max_num_seqs=1)
+    seqs, encode = [add_page(core, image) for image in images], core.runner.encode
+
+    def exhausted(images):
+        if images and images[0][0].row < 0:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        encode(images)
+
+    monkeypatch.setattr(core.runner, "encode", exhausted)
+    with pytest.warns(RuntimeWarning, match="no longer encoded beside decoding") as told:
+        drain(core)
+    assert len(told) == 1
+    assert gpu.num_tidied
+    for seq, image in zip(seqs, images, strict=True):
+        alone = world.core(overlap=False)
+        expected = add_page(alone, image)
+        drain(alone)
+        assert seq.output_ids == expected.output_ids
 
 
 def test_what_the_cache_holds_already_is_not_encoded_ahead(world, gpu):

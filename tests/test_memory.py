@@ -8,6 +8,8 @@ from fake_gpu import FakeGpu
 from test_graphs import PAGE
 
 from pagemill import Engine, SamplingParams
+from pagemill.config import EngineConfig
+from pagemill.core import EngineCore
 from pagemill.errors import ConfigError, DeviceError
 from pagemill.fleet import Fleet
 from pagemill.gpu import named_device
@@ -73,6 +75,24 @@ def test_the_largest_step_is_the_largest_and_writes_no_key(world, gpu, monkeypat
     assert images == sorted(images, reverse=True)
     trial = runners[0]
     assert all(not part.any() for layer in trial.kv_cache for part in layer if part is not None)
+
+
+def test_the_largest_image_counts_where_a_step_takes_less(world, gpu, monkeypatch):
+    images, see = [], type(world.model.vision).__call__
+
+    def vision(self, given):
+        images.append(sum(len(patches) // 4 for patches, _, _ in given))
+        return see(self, given)
+
+    monkeypatch.setattr(type(world.model.vision), "__call__", vision)
+    config = EngineConfig(
+        kv_cache_bytes=1 << 20, max_step_tokens=8, max_step_image_tokens=16, max_model_len=99
+    )
+    for largest, tried in ((49, 49), (1000, 81)):  # no image may be longer than the context
+        images.clear()
+        gpu.peaks = [0, 0]
+        EngineCore(world.model, world.prompter, config, torch.float32, None, largest).close()
+        assert max(images) == tried
 
 
 def test_a_gpu_too_small_for_a_step_is_refused(world, gpu):

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pagemill.decode.guidance import Regex
 from pagemill.errors import ConfigError
+from pagemill.gpu import to_device
 
 
 @dataclass(frozen=True)
@@ -192,7 +193,7 @@ def _choose(logits: Tensor, state: SamplingState, history: Sequence[int], mask: 
     p = state.params
     scores = logits.double()
     if p.repetition_penalty != 1.0:
-        seen = torch.tensor(sorted(set(history)), dtype=torch.int64, device=scores.device)
+        seen = to_device(torch.tensor(sorted(set(history)), dtype=torch.int64), scores.device)
         old = scores[seen]
         scores[seen] = torch.where(old < 0, old * p.repetition_penalty, old / p.repetition_penalty)
     if mask is not None:

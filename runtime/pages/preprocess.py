@@ -145,6 +145,11 @@ class ImageProcessor:
         except ConfigError as error:
             raise CheckpointError(f"{file}: {error}") from None
 
+    @property
+    def max_tokens(self) -> int:
+        """Image tokens of the largest page."""
+        return self.max_pixels // (self.patch_size * self.merge_size) ** 2
+
     def size(self, height: int, width: int) -> tuple[int, int]:
         """Return the `(height, width)` in pixels that a page of `height` x `width` is resized to; see `smart_resize`."""
         factor = self.patch_size * self.merge_size
