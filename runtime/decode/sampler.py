@@ -1,7 +1,8 @@
 """Logits to tokens: what a request may ask for, and how the next token is drawn.
 
 Greedy rows (temperature 0, no penalty) go through one fused kernel. Others follow the order that transformers uses: repetition
-penalty, temperature, top-k, top-p. A draw uses the request's own random stream, so it does not depend on the batch.
+penalty, temperature, top-k, top-p. A draw uses the request's own random stream, so it does not depend on the batch; only top-p
+sorts the vocabulary.
 """
 
 from __future__ import annotations
@@ -206,11 +207,14 @@ def _choose(logits: Tensor, state: SamplingState, history: Sequence[int], mask: 
     scores = scores / p.temperature
     if p.top_k and p.top_k < len(scores):
         scores = torch.where(scores < scores.topk(p.top_k).values[-1], float("-inf"), scores)
+    if p.top_p == 1.0:  # no order is needed: a whole vocabulary takes long to be sorted
+        cumulative = scores.softmax(-1).cumsum(-1)
+        token = torch.searchsorted(cumulative, state.random.random() * cumulative[-1], right=True)
+        return token.clamp(max=len(scores) - 1)  # beyond: the scores are no numbers
     ordered, ids = scores.sort(descending=True, stable=True)
     probabilities = ordered.softmax(-1)
     cumulative = probabilities.cumsum(-1)
-    last = torch.full((), len(ids) - 1, device=scores.device)  # that may be drawn
-    if p.top_p < 1.0:
-        last = (cumulative - probabilities < p.top_p).sum().clamp(min=1) - 1
+    # The last that may be drawn: of the smallest set that reaches top_p, the first at least.
+    last = (cumulative - probabilities < p.top_p).sum().clamp(min=1) - 1
     draw = state.random.random() * cumulative.take(last)
     return ids.take(torch.minimum(torch.searchsorted(cumulative, draw, right=True), last))
