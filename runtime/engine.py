@@ -15,7 +15,6 @@ import threading
 import time
 import warnings
 import weakref
-from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Container, Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
 from concurrent.futures import ThreadPoolExecutor
@@ -52,17 +51,18 @@ from pagemill.model.loader import find_checkpoint, load_model
 from pagemill.model.prompt import Profile, Prompter, page_messages, read_profile
 from pagemill.pages.fit import FitOptions, Resolution, fit_page, fit_pixels
 from pagemill.pages.ink import plausible_output_chars
+from pagemill.pages.listing import Inputs, failed_page, find_pages
 from pagemill.pages.preprocess import ImageProcessor, PreparedImage
-from pagemill.pages.source import PageRef, expand_inputs, list_pages, load_page, page_text
+from pagemill.pages.source import PageRef, list_pages, load_page, page_text
 from pagemill.results import PageResult, RequestOutput, Seconds, TokenCounts
 from pagemill.sequence import PageTask, Sequence
 from pagemill.stats import EngineStats
+from pagemill.twins import Twins
 
 T = TypeVar("T")
 _Task = Callable[[Callable[[T | DeviceError], None]], None]
 """Starts something and sees to it that the callable it is given gets exactly one result, or that the device is lost."""
 
-_MAX_ANSWERS = 4096  # finished pages of a call that later duplicates can be answered with: some 20 MB
 _JSON_TOKENS = 64  # a page's keys and punctuation, generously
 _SCORED = SamplingParams(guidance="off", guard="off", drafts="off", max_retries=0)
 
@@ -105,47 +105,13 @@ class _PageOptions:
     salt: str = ""
 
 
-class _Twins:
-    """Pages of one call by their content, so that an exact duplicate waits for the first one's answer."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._answers: OrderedDict[bytes, PageResult] = OrderedDict()
-        self._followers: dict[bytes, list[Callable[[PageResult | None], None]]] = {}
-
-    def join(self, content: bytes, follow: Callable[[PageResult | None], None]) -> bool:
-        """False for the first page of this content, which has to `settle`. Else `follow` gets its answer, None if it failed."""
-        with self._lock:
-            if (answer := self._answers.get(content)) is None:
-                followers = self._followers.get(content)
-                if followers is None:
-                    self._followers[content] = []
-                    return False
-                followers.append(follow)
-                return True
-        follow(answer)
-        return True
-
-    def settle(self, content: bytes, answer: PageResult) -> None:
-        """Tell those who wait for this content's answer, and remember it for a while."""
-        good = answer.status != "error"
-        with self._lock:
-            if good:
-                self._answers[content] = answer
-                if len(self._answers) > _MAX_ANSWERS:
-                    self._answers.popitem(last=False)
-            followers = self._followers.pop(content)
-        for follow in followers:
-            follow(answer if good else None)
-
-
 @dataclass(eq=False)
 class _Call:
     """One caller's requests, so that they can be cancelled together."""
 
     cancelled: bool = False
     live: set[Sequence] = field(default_factory=set)
-    twins: _Twins = field(default_factory=_Twins)
+    twins: Twins = field(default_factory=Twins)
 
 
 @dataclass(eq=False)
@@ -867,53 +833,6 @@ class Engine:
                 on_token(seq)
         for seq in finished:
             self._end(seq, None)
-
-
-Inputs = str | os.PathLike[str] | PageRef | SequenceOf[str | os.PathLike[str] | PageRef]
-"""What `Engine.read` takes: image files, PDFs, folders, globs and single pages."""
-
-
-def find_pages(
-    inputs: Inputs, skip: Container[tuple[str, int]], model: str
-) -> Iterator[PageRef | PageResult]:
-    """Yield the pages of `inputs` that are not in `skip`, lazily; a failed result for what cannot be listed."""
-    several = [inputs] if isinstance(inputs, str | os.PathLike | PageRef) else inputs
-    given = [i if isinstance(i, PageRef) else os.fspath(i) for i in several]
-    return _find_pages(given, skip, model)
-
-
-def _find_pages(
-    inputs: list[str | PageRef], skip: Container[tuple[str, int]], model: str
-) -> Iterator[PageRef | PageResult]:
-    for given in inputs:
-        if isinstance(given, PageRef):
-            if (given.source, given.page) not in skip:
-                yield given
-            continue
-        try:
-            sources = expand_inputs([given])
-        except PagemillError as error:
-            if (given, 1) not in skip:
-                yield failed_page(given, 1, str(error), model)
-            continue
-        for source in sources:
-            page = 1
-            try:
-                for ref in list_pages(source):
-                    page = ref.page + 1
-                    if (ref.source, ref.page) not in skip:
-                        yield ref
-            except PagemillError as error:
-                if (source, page) not in skip:
-                    yield failed_page(source, page, str(error), model)
-
-
-def failed_page(source: str, page: int, error: str, model: str, prepare: float = 0.0) -> PageResult:
-    """Return the record of a page that could not be read, and why; `prepare` is the seconds spent on it."""
-    if source not in error:  # every sentence says where
-        error = f"{source} page {page}: {error}"
-    seconds = Seconds(prepare=prepare)
-    return PageResult(source, page, "error", finish_reason="error", seconds=seconds, model=model, error=error)
 
 
 def _deliver(result: T, deliver: Callable[[T], None]) -> None:

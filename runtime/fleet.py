@@ -38,9 +38,10 @@ import numpy.typing as npt
 
 from pagemill.config import EngineConfig, default_fraction, default_stall_seconds
 from pagemill.decode.sampler import SamplingParams
-from pagemill.engine import Engine, Inputs, failed_page, find_pages
+from pagemill.engine import Engine
 from pagemill.errors import ConfigError, DeviceError, PagemillError, RequestError, sentence
 from pagemill.pages.fit import Resolution
+from pagemill.pages.listing import Inputs, failed_page, find_pages
 from pagemill.pages.source import PageRef
 from pagemill.results import PageResult
 from pagemill.stats import EngineStats, total
