@@ -1,36 +1,41 @@
-"""What the Triton kernels are measured on: the ops of the 3B shape, of the language model and the vision tower, and how a GPU's
+"""What the Triton kernels are measured on: the ops of a shape, of the language model and the vision tower, and how a GPU's
 time is taken.
 
-The aims of single kernels are shares of what the device does in the same run: torch's matrix product (bfloat16, int8) and a copy.
+The aims of single kernels are shares of what the device does in the same run: torch's matrix product (bfloat16, int8, fp8) and a
+copy.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from op_cases import Ops, Shape, Work
 
+from pagemill.decode.sampler import SamplingParams, SamplingState, Want, choose
 from pagemill.kernels import Scheme
 
-FORMS: dict[str, tuple[Scheme, torch.dtype, float, float]] = {
+FORMS: dict[str, tuple[Scheme | Literal["fp8"], torch.dtype, float, float]] = {
     "bf16": ("plain", torch.bfloat16, 2, 0),
     "int8": ("int8", torch.int8, 1, 4),
-    "int4": (
-        "int4",
-        torch.bfloat16,
-        0.5 + 5 / 128,
-        0,
-    ),  # W4A16; a float32 scale and a byte of zero for 128 weights
+    "fp8": ("fp8", torch.float8_e4m3fn, 1, 4),
+    # W4A16; a float32 scale and a byte of zero for 128 weights
+    "int4": ("int4", torch.bfloat16, 0.5 + 5 / 128, 0),
 }
 """Scheme of a weight, arithmetic of its product, bytes of one weight, and of the scale of an output feature."""
-DECODE_ROWS, PREFILL_ROWS, VISION_ROWS = (1, 16, 64), (1024, 4096), (4096, 16384)
-BATCHES = [(1, 1, 4096), (16, 1, 2048), (64, 1, 2048), (1, 4096, 4096), (8, 512, 4096), (1, 1, 32768)]
+_CODES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
+DECODE_ROWS, PREFILL_ROWS, VISION_ROWS = (1, 16, 64), (1024, 4096, 32768), (4096, 16384)
+BATCHES = [
+    *((1, 1, 4096), (16, 1, 2048), (64, 1, 2048), (1, 1, 32768)),
+    *((1, 4096, 4096), (8, 512, 4096), (1, 32768, 32768)),
+]
 """Sequences, rows of each, and their context."""
 SEGMENTS = [(256, 64), (1, 4096), (4, 4096)]
 """Windows, or pages, of the vision tower, and the patches of each."""
+_VISION = ("linear-vision", "varlen", "rotary-", "pixel_values", "gelu")
 
 
 @dataclass(frozen=True)
@@ -41,27 +46,36 @@ class Case:
     arithmetic: torch.dtype
     """Which peak its operations are held against."""
     make: Callable[[Ops], Work]
+    only_triton: bool = False
+    """Whether it is an op of the Triton kernels alone, which stands in no contract."""
 
 
-def cases(shape: Shape) -> list[Case]:
-    """Every case of one shape."""
-    return [*_linears(shape), *_attentions(shape), *_elementwise(shape)]
+def cases(shape: Shape, *, vision: bool = True) -> list[Case]:
+    """Every case of one shape: of the language model, and of the vision tower where it is asked for."""
+    every = [*_linears(shape), *_attentions(shape), *_elementwise(shape)]
+    return every if vision else [case for case in every if not case.name.startswith(_VISION)]
+
+
+def _rows(layer: str) -> tuple[int, ...]:
+    if layer.startswith("vision_merger"):
+        return tuple(rows // 4 for rows in VISION_ROWS)
+    if layer.startswith("vision"):
+        return VISION_ROWS
+    return DECODE_ROWS if layer == "head" else DECODE_ROWS + PREFILL_ROWS
 
 
 def _linears(shape: Shape) -> Iterator[Case]:
     for form, (scheme, arithmetic, weight, scale) in FORMS.items():
-        for layer, (n, k) in shape.matrices().items():
-            if layer == "head" and form == "int4":
-                continue  # it stays in int8
-            vision, size = layer.startswith("vision"), n * (k * weight + scale)
-            for rows in (
-                VISION_ROWS if vision else DECODE_ROWS if layer == "head" else DECODE_ROWS + PREFILL_ROWS
-            ):
+        for layer, (n, k) in (shape.matrices() | shape.small_matrices()).items():
+            if (layer == "head" and form in ("int4", "fp8")) or (layer == "vision_patch" and form != "bf16"):
+                continue  # the one stays in int8 or bfloat16, the other in bfloat16
+            size = n * (k * weight + scale)
+            for rows in _rows(layer):
 
                 def make(
                     ops: Ops,
                     layer: str = layer,
-                    scheme: Scheme = scheme,
+                    scheme: Scheme | Literal["fp8"] = scheme,
                     rows: int = rows,
                     size: float = size,
                 ) -> Work:
@@ -106,6 +120,28 @@ def _elementwise(shape: Shape) -> Iterator[Case]:
     yield Case("swiglu-4096", torch.bfloat16, lambda ops: _swiglu(ops, shape, 4096))
     for rows in (1, 64):
         yield Case(f"greedy-{rows}", torch.bfloat16, lambda ops, r=rows: _greedy(ops, shape, r))  # type: ignore[misc]
+        yield Case(f"sampled-{rows}", torch.bfloat16, lambda ops, r=rows: _sampled(ops, shape, r))  # type: ignore[misc]
+    for code in _CODES:
+        for rows in (64, 4096):
+            yield Case(
+                f"rms_norm-{code}-{rows}",
+                torch.bfloat16,
+                lambda ops, r=rows, c=code: _rms_norm_quantized(ops, shape, r, _CODES[c]),  # type: ignore[misc]
+                only_triton=True,
+            )
+            yield Case(
+                f"quantize-{code}-{rows}",
+                torch.bfloat16,
+                lambda ops, r=rows, c=code: _quantize(ops, shape, r, _CODES[c]),  # type: ignore[misc]
+                only_triton=True,
+            )
+    for layer in ("gate_up", "down"):
+        yield Case(
+            f"unpack-int4-{layer}",
+            torch.bfloat16,
+            lambda ops, which=layer: _unpack(ops, shape, which),  # type: ignore[misc]
+            only_triton=True,
+        )
 
 
 def _rms_norm(ops: Ops, shape: Shape, rows: int) -> Work:
@@ -172,6 +208,37 @@ def _greedy(ops: Ops, shape: Shape, rows: int) -> Work:
     return Work(lambda: ops.kernels.greedy(logits, mask), 0, logits.nbytes + mask.nbytes)
 
 
+def _sampled(ops: Ops, shape: Shape, rows: int) -> Work:
+    """Temperature and top-p: op by op, a row after the other, so that the host's launching is in its time."""
+    logits = ops.tensor(rows, shape.vocabulary, dtype=torch.float32)
+    params = SamplingParams(temperature=0.7, top_p=0.9, seed=0)
+    wants = [Want(SamplingState(params, row), ()) for row in range(rows)]
+    return Work(lambda: choose(logits, wants, ops.kernels.greedy), 0, logits.nbytes)
+
+
+def _rms_norm_quantized(ops: Ops, shape: Shape, rows: int, code: torch.dtype) -> Work:
+    from pagemill.kernels.gpu.norm import rms_norm_quantized  # triton is heavy, and only on Linux
+
+    x, weight = ops.tensor(rows, shape.hidden), ops.tensor(shape.hidden)
+    moved = x.nbytes + rows * (shape.hidden + 4)
+    return Work(lambda: rms_norm_quantized(x, weight, 1e-6, code), 0, moved)
+
+
+def _quantize(ops: Ops, shape: Shape, rows: int, code: torch.dtype) -> Work:
+    from pagemill.kernels.gpu.linear import quantize
+
+    x = ops.tensor(rows, shape.intermediate)
+    return Work(lambda: quantize(x, code), 0, x.nbytes + rows * (shape.intermediate + 4))
+
+
+def _unpack(ops: Ops, shape: Shape, layer: str) -> Work:
+    from pagemill.kernels.gpu.linear import unpack_int4
+
+    packed, (n, k) = ops.pack(shape, layer, scheme="int4"), shape.matrices()[layer]
+    moved = n * k * (FORMS["int4"][2] + ops.dtype.itemsize)
+    return Work(lambda: unpack_int4(packed, ops.dtype), 0, moved)
+
+
 class DeviceSeconds:
     """A clock, for pytest-benchmark, that only goes on while `run` has a device work: between an event before and one after.
 
@@ -218,11 +285,15 @@ def cuda_seconds() -> DeviceSeconds:
 
 
 def peak(clock: DeviceSeconds, dtype: torch.dtype, device: str, n: int = 8192) -> float:
-    """Operations a second of torch's product of square matrices, two a multiply-add; int8 sums in int32."""
+    """Operations a second of torch's product of square matrices, two a multiply-add; int8 sums in int32, fp8 as is fastest."""
     if dtype == torch.int8:
         a = torch.randint(-127, 128, (n, n), dtype=dtype, device=device)
         return 2 * n**3 / clock.best(lambda: torch._int_mm(a, a))
     a = torch.randn(n, n, device=device).to(dtype)
+    if dtype == torch.float8_e4m3fn:
+        one, out = torch.ones((), device=device), torch.bfloat16
+        product = partial(torch._scaled_mm, scale_a=one, scale_b=one, out_dtype=out, use_fast_accum=True)
+        return 2 * n**3 / clock.best(lambda: product(a, a.t()))  # cuBLAS wants the second by columns
     return 2 * n**3 / clock.best(lambda: torch.mm(a, a))
 
 

@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).parents[1]
-_LINES = 120  # of a command's output that the report keeps: the last ones
+_LINES = 2000  # of a command's output that the report keeps, the last ones: tables whole, and not what loops over an error
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def steps(out: Path, checkpoint: Path) -> list[Step]:
                 [python, "-m", "pytest", "bench/kernels/test_gpu.py", f"--benchmark-json={kernels}"],
                 [python, "bench/compare_kernels.py", kernels],
             ],
-            3600,
+            7200,
         ),
         Step(
             "codegen",

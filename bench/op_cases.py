@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import cycle
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from pagemill.model.config import read_config
 from pagemill.model.loader import find_checkpoint
 
 _BLOCK = 16
+_PATCH = 2 * 3 * 14 * 14  # values of two frames, three channels
 _STREAM_BYTES = 1 << 28
 
 
@@ -48,7 +49,7 @@ class Shape:
         return self.vision // self.vision_heads
 
     def matrices(self) -> dict[str, tuple[int, int]]:
-        """Output and input features of the linear layers."""
+        """Output and input features of the linear layers that take the most time."""
         return {
             "qkv": (self.qkv, self.hidden),
             "gate_up": (2 * self.intermediate, self.hidden),
@@ -57,6 +58,16 @@ class Shape:
             "vision_gate_up": (2 * self.vision_intermediate, self.vision),
             "vision_down": (self.vision, self.vision_intermediate),
             "head": (self.vocabulary, self.hidden),
+        }
+
+    def small_matrices(self) -> dict[str, tuple[int, int]]:
+        """Of the other linear layers; the merger joins four patches."""
+        return {
+            "out": (self.hidden, self.heads * self.head_dim),
+            "vision_patch": (self.vision, _PATCH),
+            "vision_proj": (self.vision, self.vision),
+            "vision_merger_in": (4 * self.vision, 4 * self.vision),
+            "vision_merger_out": (self.hidden, 4 * self.vision),
         }
 
 
@@ -69,7 +80,11 @@ def _tiny() -> Shape:
     )
 
 
-SHAPES = {"tiny": _tiny(), "3b": Shape(2048, 11008, 16, 2, 128, 151936, 1280, 3420, 16)}
+SHAPES = {
+    "tiny": _tiny(),
+    "3b": Shape(2048, 11008, 16, 2, 128, 151936, 1280, 3420, 16),
+    "7b": Shape(3584, 18944, 28, 4, 128, 152064, 1280, 3420, 16),
+}
 
 
 # The limits of this machine.
@@ -142,17 +157,23 @@ class Ops:
     device: str = "cpu"
 
     def tensor(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        return torch.randn(shape).to(self.device, dtype or self.dtype)
+        return torch.randn(shape, device=self.device).to(dtype or self.dtype)
 
     def ints(self, values: Any, dtype: torch.dtype = torch.int32) -> Tensor:
         return torch.as_tensor(values, dtype=dtype, device=self.device)
 
-    def pack(self, shape: Shape, layer: str, *, scheme: Scheme = "plain", bias: bool = False) -> PackedLinear:
-        """Random weights of one of `Shape.matrices`, as the model packs them: gate and up for `linear_swiglu`."""
-        n, k = shape.matrices()[layer]
-        added = self.tensor(n) if bias else None
+    def pack(
+        self, shape: Shape, layer: str, *, scheme: Scheme | Literal["fp8"] = "plain", bias: bool = False
+    ) -> PackedLinear:
+        """Random weights of a linear layer, as the model packs them: gate and up for `linear_swiglu`."""
+        n, k = (shape.matrices() | shape.small_matrices())[layer]
+        added, gated = self.tensor(n) if bias else None, layer.endswith("gate_up")
         weight = torch.empty(n, k, dtype=self.dtype, device=self.device).normal_()
-        if layer.endswith("gate_up"):
+        if scheme == "fp8":  # not rounded by the engine: only checkpoints have it
+            scales = weight.abs().amax(1).float() / torch.finfo(torch.float8_e4m3fn).max
+            q = (weight / scales[:, None]).to(torch.float8_e4m3fn)
+            return self.kernels.pack_quantized(q, scales, None, added, gated=gated)
+        if gated:
             return self.kernels.pack_swiglu(*weight.chunk(2), added, scheme=scheme)
         return self.kernels.pack_linear(weight, added, scheme=scheme)
 

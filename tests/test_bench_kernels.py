@@ -1,6 +1,7 @@
 """What the kernel benchmarks of a GPU do without one: their cases, their clock, what they make of seconds."""
 
 import importlib.util
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -76,6 +77,7 @@ def test_ceilings_are_operations_and_bytes_a_second(monkeypatch):
     clock = SimpleNamespace(best=lambda call: (call(), 0.5)[1])
     assert peak(clock, torch.bfloat16, "cpu", n=32) == 2 * 32**3 / 0.5
     assert peak(clock, torch.int8, "cpu", n=32) == 2 * 32**3 / 0.5
+    assert peak(clock, torch.float8_e4m3fn, "cpu", n=32) == 2 * 32**3 / 0.5
     assert copy_bandwidth(clock, "cpu", size=1000) == 2 * 1000 / 0.5
 
 
@@ -93,27 +95,63 @@ def short(monkeypatch):
     monkeypatch.setattr(gpu_cases, "SEGMENTS", [(3, 16)])
 
 
+def with_fp8(of):
+    """The reference with fp8 weights, which it has not: multiplied as what they stand for."""
+
+    def pack_quantized(q, scales, zeros, bias, *, gated=False, **_):
+        assert q.dtype == torch.float8_e4m3fn
+        weight = q.float() * scales[:, None]
+        return of.pack_swiglu(*weight.chunk(2), bias) if gated else of.pack_linear(weight, bias)
+
+    return replace(of, pack_quantized=pack_quantized)
+
+
 @pytest.mark.usefixtures("short")
 def test_every_case_runs():
-    """Each on the torch reference and a tiny shape, from the inputs that it makes."""
-    ops = Ops(kernels.select("reference", torch.device("cpu"), torch.float32), torch.float32)
+    """Each that is in a contract, on the torch reference and a tiny shape, from the inputs that it makes."""
+    reference = kernels.select("reference", torch.device("cpu"), torch.float32)
+    ops = Ops(with_fp8(reference), torch.float32)
     every = cases(TINY)
     assert len({case.name for case in every}) == len(every)
-    named = {"embed", "greedy", "gelu", "swiglu", "rotary", "rms_norm", "linear", "paged", "varlen"}
-    assert named <= {case.name.split("-")[0] for case in every}
+    named = {
+        "embed",
+        "greedy",
+        "sampled",
+        "gelu",
+        "swiglu",
+        "rotary",
+        "rms_norm",
+        "linear",
+        "paged",
+        "varlen",
+    }
+    assert named <= {case.name.split("-")[0] for case in every if not case.only_triton}
     for case in every:
+        if case.only_triton:
+            continue  # tests/gpu/test_cases.py
         work = case.make(ops)
         work.call()
         assert work.moved > 0
         assert (work.flops > 0) == case.name.startswith(("linear", "paged", "varlen"))
 
 
+def test_a_language_model_alone_has_no_case_of_the_vision_tower():
+    whole, alone = ({case.name for case in cases(SHAPES["7b"], vision=vision)} for vision in (True, False))
+    left_out = {name.split("-")[0] for name in whole - alone if not name.startswith("linear")}
+    assert left_out == {"varlen", "rotary", "pixel_values", "gelu"}
+    layers = {name.split("-")[1] for name in alone if name.startswith("linear")}
+    assert layers == {"qkv", "out", "gate_up", "down", "head"}
+
+
 def test_operations_and_bytes_are_those_counted_by_hand():
     """The 3B shape, without its memory."""
     ops = Ops(kernels.select("reference", torch.device("cpu"), torch.bfloat16), torch.bfloat16)
-    ops.pack = lambda shape, layer, **_: SimpleNamespace(  # type: ignore[method-assign]
-        out_features=shape.matrices()[layer][0], in_features=shape.matrices()[layer][1], gated=False
-    )
+
+    def pack(shape, layer, **_):
+        n, k = (shape.matrices() | shape.small_matrices())[layer]
+        return SimpleNamespace(out_features=n, in_features=k, gated=False)
+
+    ops.pack = pack
     every = {case.name: case for case in cases(SHAPES["3b"])}
     work = every["linear-down-int4-16"].make(ops)
     assert work.flops == 2 * 16 * 2048 * 11008
@@ -124,6 +162,9 @@ def test_operations_and_bytes_are_those_counted_by_hand():
     work = every["paged-bf16-16x1-of-2048"].make(ops)
     assert work.flops == 4 * 16 * 2048 * 16 * 128
     assert work.moved == 2 * 16 * 2048 * 2 * 128 * 2 + 2 * 16 * 16 * 128 * 2
+    work = every["linear-out-fp8-1024"].make(ops)
+    assert work.flops == 2 * 1024 * 2048**2
+    assert work.moved == 2048 * 2048 + 4 * 2048 + 2 * 1024 * (2048 + 2048)
     assert every["paged-fp8-16x1-of-2048"].make(ops).moved == 2 * 16 * 2048 * 2 * 132 + 2 * 16 * 16 * 128 * 2
 
 

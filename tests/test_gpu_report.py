@@ -30,7 +30,7 @@ def test_a_failing_command_costs_no_other_section(box, monkeypatch, tmp_path):
         return [sys.executable, "-c", code]
 
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    fails = python("print('\\n'.join(map(str, range(500)))); 1 / 0")
+    fails = python("print('\\n'.join(map(str, range(3000)))); 1 / 0")
     steps = [
         gpu_report.Step("a", "First", [fails, python("print('never')")], 60),
         gpu_report.Step("b", "Second", [python("import os; print('TRITON_INTERPRET' in os.environ)")], 60),
@@ -46,6 +46,7 @@ def test_a_failing_command_costs_no_other_section(box, monkeypatch, tmp_path):
     assert "ZeroDivisionError" in first
     assert "lines before)" in first
     assert "\n7\n" not in first
+    assert "\n1500\n" in first, "a table of that many rows is whole"
     assert "never" not in first
     assert ": ok, exit code 0" in second
     assert "\nFalse\n" in second
