@@ -42,6 +42,8 @@ class Op:
     """Times that the machine itself took as long, around this op, as at its best in the run."""
     tflop_per_s: float = 0.0
     gb_per_s: float = 0.0
+    device: str = ""
+    """The name of a GPU."""
 
     def scaled(self, by: float) -> Op:
         """The same on a machine that takes `by` times as long."""
@@ -86,6 +88,7 @@ def read(path: str) -> dict[str, Op]:
                 max(1.0, float(info["disturbed"])),
                 float(info.get("tflop_per_s", 0)),
                 float(info.get("gb_per_s", 0)),
+                str(info.get("device", "")),
             )
     except OSError as error:
         raise BadResult(f"{path} cannot be read: {error.strerror or error}.") from None

@@ -3,9 +3,9 @@
     python bench/gpu_report.py [-o out/gpu.md] [--checkpoint out/random-3b] [--only NAME ...]
 
 In turn: the kernels' tests on the device (`tests/gpu`: against float64, in bfloat16 too), the kernel benchmarks, the machine
-code of every configuration (`bench/codegen.py`), pages/s with a random checkpoint of the 3B's shape, and what goes by between its
-steps (`bench/overlap.py`). Each is a section of the report, which is written again after every one. A command that fails does not
-keep the others from running.
+code of every configuration (`bench/codegen.py`), pages/s with a random checkpoint of the 3B's shape, what goes by between its
+steps (`bench/overlap.py`), and which targets all this meets (`bench/targets.py`). Each is a section of the report, which is
+written again after every one. A command that fails does not keep the others from running.
 
 Exit code 0: all went well. 1: a command failed. 2: there is no GPU.
 """
@@ -48,9 +48,12 @@ def steps(out: Path, checkpoint: Path) -> list[Step]:
             "--max-new-tokens", "512", "--guidance", "off", "--guard", "off", "--drafts", "off",
             "--sweep", "concurrency=1,16,64", "--sweep", "quantize=none,int8,int4", "-o", pages]  # fmt: skip
 
-    def overlap(quantize: str) -> list[str]:
-        return [python, "bench/overlap.py", "--checkpoint", str(checkpoint), "--quantize", quantize, "--json",
-                str(folder / f"gpu-overlap-{quantize}.json")]  # fmt: skip
+    forms = "none", "int4"
+    overlaps = [str(folder / f"gpu-overlap-{form}.json") for form in forms]
+    overlap = [
+        [python, "bench/overlap.py", "--checkpoint", str(checkpoint), "--quantize", form, "--json", file]
+        for form, file in zip(forms, overlaps, strict=True)
+    ]
 
     return [
         Step("tests", "Kernels against float64 on the device", [[python, "-m", "pytest", "tests/gpu"]], 3600),
@@ -78,8 +81,14 @@ def steps(out: Path, checkpoint: Path) -> list[Step]:
         Step(
             "overlap",
             "What goes by between steps: recorded, planned ahead",
-            [overlap("none"), overlap("int4")],
+            overlap,
             3600,
+        ),
+        Step(
+            "targets",
+            "Targets, met or not",
+            [[python, "bench/targets.py", "--kernels", kernels, "--overlap", *overlaps]],
+            60,
         ),
     ]
 
@@ -149,7 +158,10 @@ def main() -> int:
         help="made by the step pages if it is not there",
     )
     parser.add_argument(
-        "--only", nargs="*", default=[], help="names of steps: tests, kernels, codegen, pages, overlap"
+        "--only",
+        nargs="*",
+        default=[],
+        help="names of steps: tests, kernels, codegen, pages, overlap, targets",
     )
     asked = parser.parse_args()
     if not torch.cuda.is_available():
