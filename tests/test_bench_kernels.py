@@ -73,12 +73,16 @@ def test_a_benchmark_reads_the_devices_clock(benchmark):
         assert benchmark.stats.stats.max == pytest.approx(4.0)
 
 
-def test_ceilings_are_operations_and_bytes_a_second(monkeypatch):
+def test_ceilings_are_operations_and_bytes_a_second():
     clock = SimpleNamespace(best=lambda call: (call(), 0.5)[1])
-    assert peak(clock, torch.bfloat16, "cpu", n=32) == 2 * 32**3 / 0.5
-    assert peak(clock, torch.int8, "cpu", n=32) == 2 * 32**3 / 0.5
-    assert peak(clock, torch.float8_e4m3fn, "cpu", n=32) == 2 * 32**3 / 0.5
+    for dtype in (torch.bfloat16, torch.int8, torch.float8_e4m3fn):
+        assert peak(clock, dtype, "cpu", n=32) == 2 * 32**3 / 0.5
     assert copy_bandwidth(clock, "cpu", size=1000) == 2 * 1000 / 0.5
+
+
+def test_the_peak_is_that_of_the_faster_layout():
+    times = iter([0.5, 0.25])
+    assert peak(SimpleNamespace(best=lambda call: next(times)), torch.int8, "cpu", n=32) == 2 * 32**3 / 0.25
 
 
 def test_what_evicts_is_larger_than_any_cache():

@@ -102,3 +102,32 @@ def test_a_table_has_a_column_for_what_was_measured():
     traced = [row | {"busy %": 97.123, "gap %": None}]
     assert overlap.table(traced).splitlines()[0] == "| way | pages/s | busy % | gap % | pages that differ |"
     assert overlap.table(traced).splitlines()[2] == "| graphs | 1 (0.5 to 2) | 97.1 | - | 2 |"
+
+
+@pytest.mark.parametrize("gpu", [None, "a GPU"])
+def test_every_way_is_traced_on_a_gpu_after_the_rounds(monkeypatch, gpu):
+    scheduler, runner = SimpleNamespace(encode_ahead=None), SimpleNamespace(_graphs="recorded")
+    core = SimpleNamespace(
+        runner=runner, gpu=gpu, scheduler=scheduler, config=SimpleNamespace(max_num_seqs=2)
+    )
+    done = []
+
+    def note(what):
+        done.append((what, runner._graphs, core._ahead))
+
+    def read(engine, requests, params):
+        note(len(requests))
+        return {"pages/s": 1.0}, ["tokens"]
+
+    def trace(engine, requests, params):
+        note(f"traced {len(requests)}")
+        return [event("matmul_kernel", 0, 80 + len(done)), event("greedy_kernel", 99, 100)]
+
+    monkeypatch.setattr(overlap, "read", read)
+    monkeypatch.setattr(overlap, "trace", trace)
+    rows = overlap.measure(SimpleNamespace(core=core), [None] * 6, None, rounds=1)
+    ahead = gpu is not None
+    ways = [(None, False), ("recorded", False), ("recorded", ahead)]
+    assert done[:6] == 2 * [(6, *way) for way in ways]
+    assert done[6:] == ([("traced 2", *way) for way in ways] if ahead else [])
+    assert [row.get("busy %") for row in rows] == pytest.approx([88, 89, 90] if ahead else [None] * 3)
