@@ -11,13 +11,17 @@ Medians of the rounds, and their range; a round before them is not counted. The 
 - **idle %**: the share of the engine's time that is outside the device's marks around images and decoder. The marks begin before
   a step's arrays are laid out and copied, and pauses between kernels lie inside: what the CPU takes there is not in it.
 - **waiting for images %**: the share in which images were encoded, and no token computed.
-- **busy %**, on a GPU: after the rounds, how much of a window of steps that only decode the device spent in kernels, by
-  torch.profiler (CUPTI): the union of the kernels' times over the time from the first one's start to the last one's end.
-- **gap %**, on a GPU: the pauses of that window that are longer than 5 us. Shorter ones are between two kernels of a graph, or
-  queued ones, and no CPU has a part in them. Copies are pauses. Tracing makes pauses longer: busy is at least, and gap at most,
-  what is there without it. "-": the window did not fit between the last page's first token and the first page's last, or CUPTI
-  gave no kernels (a driver may keep them for administrators).
 - **pages that differ** from what they were in the first way: with random weights a token may tip over in a batch of another size.
+
+On a GPU a second table follows, once all else is measured (a tracer that was attached once may slow down what follows). As many
+pages as there are places are read in each way, and torch.profiler (CUPTI) traces some steps that only decode:
+
+- **busy %**: the union of the kernels' times over the time from the first one's start to the last one's end. No copies.
+- **gap %**: the pauses in it that are longer than 5 us, copies included. Shorter ones are between two kernels of a graph, or of
+  a queue, and no CPU has a part in them. Tracing makes pauses longer: busy is at least, gap at most, what is there without it.
+- **kernels a step**, **ms of kernels a step**: about the same in all ways, or else the trace is incomplete and says nothing.
+
+"-": the window did not fit between the last page's first token and the first page's last, or CUPTI gave no kernels.
 
 On a CPU there is nothing to overlap and the rows are alike, which is a check of this program.
 """
@@ -29,7 +33,7 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import cycle, islice
 from math import inf
 from pathlib import Path
@@ -37,6 +41,7 @@ from typing import Any
 
 import environment
 import numpy as np
+import torch
 from PIL import Image
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, schedule
@@ -88,13 +93,16 @@ def kernel_times(events: Iterable[Any]) -> list[tuple[float, float]]:
 
 
 def shares(kernels: Sequence[tuple[float, float]]) -> dict[str, float | None]:
-    """Percent of the time from the first kernel's start to the last one's end: in kernels, and in pauses that a CPU made."""
+    """Of traced kernels: the columns of the second table, None where there are no kernels."""
     if not kernels:
-        return {"busy %": None, "gap %": None}
+        return dict.fromkeys(("busy %", "gap %", "kernels a step", "ms of kernels a step"))
     window = max(end for _, end in kernels) - min(start for start, _ in kernels)
+    busy = covered(kernels)
     return {
-        "busy %": 100 * covered(kernels) / window,
+        "busy %": 100 * busy / window,
         "gap %": 100 * (1 - covered(kernels, _BRIDGE) / window),
+        "kernels a step": len(kernels) / _TRACED,
+        "ms of kernels a step": busy / 1e3 / _TRACED,
     }
 
 
@@ -107,12 +115,12 @@ def trace(
     """Answer the requests, all at once. Returns torch.profiler's events of some steps in a row between the last page's first
     token and the first page's last; none where there are too few."""
     core, begun, running = engine.core, set[int](), None
-    with profile(activities=[activity]):
-        pass  # its first start is slow, and belongs in the thread that loaded torch
     plan = schedule(wait=0, warmup=_WARMUP, active=_TRACED, repeat=1)
     profiler = profile(activities=[activity], schedule=plan)
 
-    def step() -> Any:  # all in the engine's thread: the profiler is its
+    def step() -> Any:
+        # The profiler is the thread's that starts it. libkineto reports an error for any but the one that loaded torch; all that
+        # it then leaves undone is for another maker's devices.
         nonlocal running
         advanced, finished = type(core).step(core)
         begun.update(seq.id for seq in advanced)
@@ -137,48 +145,49 @@ def trace(
     return profiler.events() if profiler.step_num >= _WARMUP + _TRACED else []
 
 
+def in_every_way(engine: Engine) -> Iterator[str]:
+    """Set an engine to the ways in turn. Between two calls its thread sleeps: one can be all of them, with the same memory."""
+    core = engine.core
+    graphs, on_gpu = core.runner._graphs, core.gpu is not None
+    for name, (recorded, ahead) in WAYS.items():
+        core.runner._graphs = graphs if recorded else None
+        core._ahead = core.scheduler.encode_ahead = ahead and on_gpu
+        yield name
+
+
 def measure(
     engine: Engine, requests: list[Request], params: SamplingParams, rounds: int
 ) -> list[dict[str, Any]]:
-    """Read the pages in every way, `rounds` times in turn, then on a GPU trace a window of each. Returns a row for each way."""
-    core = engine.core
-    graphs, on_gpu = core.runner._graphs, core.gpu is not None
-
-    def take(way: str) -> None:
-        # Between two calls the engine's thread sleeps: one engine can be all of them, with the same memory.
-        recorded, ahead = WAYS[way]
-        core.runner._graphs = graphs if recorded else None
-        core._ahead = core.scheduler.encode_ahead = ahead and on_gpu
-
+    """Read the pages in every way, `rounds` times in turn, and return a row for each way."""
     found: dict[str, list[dict[str, float]]] = {name: [] for name in WAYS}
     first: list[Any] = []
     differ = dict.fromkeys(WAYS, 0)
     for number in range(rounds + 1):
-        for name in WAYS:
-            take(name)
+        for name in in_every_way(engine):
             numbers, tokens = read(engine, requests, params)
             first = first or tokens
             if number:
                 found[name].append(numbers)
                 differ[name] += sum(a != b for a, b in zip(first, tokens, strict=True))
-    rows: list[dict[str, Any]] = [
-        {"way": name, "differ": differ[name]}
+    return [
+        {"way": name}
         | {key: [f([row[key] for row in rows]) for f in (statistics.median, min, max)] for key in rows[0]}
+        | {"pages that differ": differ[name]}
         for name, rows in found.items()
     ]
-    for row in rows if on_gpu else []:
-        take(row["way"])
-        row |= shares(kernel_times(trace(engine, requests[: core.config.max_num_seqs], params)))
-    return rows
+
+
+def measure_traced(engine: Engine, requests: list[Request], params: SamplingParams) -> list[dict[str, Any]]:
+    """Read the pages, all at once, in every way; return a row of what the device did for each."""
+    return [
+        {"way": name} | shares(kernel_times(trace(engine, requests, params))) for name in in_every_way(engine)
+    ]
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows in Markdown."""
-    keys = [key for key in rows[0] if key not in ("way", "differ")]
-    lines = [f"| way | {' | '.join(keys)} | pages that differ |", "| --- " * (len(keys) + 2) + "|"]
-    for row in rows:
-        cells = [_cell(row[key]) for key in keys]
-        lines.append(f"| {row['way']} | {' | '.join(cells)} | {row['differ']} |")
+    lines = [f"| {' | '.join(rows[0])} |", "| --- " * len(rows[0]) + "|"]
+    lines += [f"| {' | '.join(map(_cell, row.values()))} |" for row in rows]
     return "\n".join(lines)
 
 
@@ -186,7 +195,9 @@ def _cell(value: Any) -> str:
     if isinstance(value, list):
         median, least, most = value
         return f"{median:.3g} ({least:.3g} to {most:.3g})"
-    return "-" if value is None else f"{value:.3g}"
+    if isinstance(value, float):
+        return f"{value:.3g}"
+    return "-" if value is None else str(value)
 
 
 def main() -> None:
@@ -209,34 +220,45 @@ def main() -> None:
     )
     files = islice(cycle(sorted(environment.PAGES.glob("*.png"))), asked.pages)
     pictures = [np.asarray(Image.open(file).convert("RGB")) for file in files]
-    result = {
+    result: dict[str, Any] = {
         "environment": environment.describe("torch", "triton"),
         "asked": vars(asked) | {"json": None},
         "runs": [],
+        "traced": [],
     }
     environment.show(result["environment"])
-    # As torch sets them for its own graphs: CUPTI that was closed does not trace recorded steps again without crashing.
-    os.environ.setdefault("DISABLE_CUPTI_LAZY_REINIT", "1")
-    os.environ.setdefault("TEARDOWN_CUPTI", "0")
-    for concurrency in asked.concurrency:
-        with Engine.from_pretrained(
+
+    def engine_of(concurrency: int) -> Engine:
+        return Engine.from_pretrained(
             asked.checkpoint,
             device=asked.device,
             quantize=asked.quantize,
             max_num_seqs=concurrency,
             prefix_sharing=False,
-        ) as engine:
-            requests = [
-                Request(engine.page_prompt, [picture]) for picture in pictures[: max(8, 3 * concurrency)]
-            ]
-            rows = measure(engine, requests, params, asked.rounds)
-        result["runs"].append({"concurrency": concurrency, "pages": len(requests), "rows": rows})
-        print(
-            f"\n{concurrency} at once, {len(requests)} pages of {asked.max_new_tokens} tokens, {asked.quantize}"
         )
+
+    def note(concurrency: int, pages: int, kind: str, rows: list[dict[str, Any]]) -> None:
+        print(f"\n{concurrency} at once, {pages} pages of {asked.max_new_tokens} tokens, {asked.quantize}")
         print(table(rows), flush=True)
-    if asked.json:
-        asked.json.write_text(json.dumps(result, indent=1) + "\n")
+        result[kind].append({"concurrency": concurrency, "pages": pages, "rows": rows})
+        if asked.json:
+            asked.json.write_text(json.dumps(result, indent=1) + "\n")
+
+    for concurrency in asked.concurrency:
+        with engine_of(concurrency) as engine:
+            on_gpu = engine.core.gpu is not None
+            several = pictures[: max(8, 3 * concurrency)]
+            requests = [Request(engine.page_prompt, [picture]) for picture in several]
+            note(concurrency, len(requests), "runs", measure(engine, requests, params, asked.rounds))
+    if not on_gpu:
+        return
+    if tuple(map(int, (torch.version.cuda or "99.0").split("."))) < (12, 6):
+        # As torch does for its own graphs: there, CUPTI that was closed crashes when it is to trace recorded steps again.
+        os.environ |= {"DISABLE_CUPTI_LAZY_REINIT": "1", "TEARDOWN_CUPTI": "0"}
+    for concurrency in asked.concurrency:
+        with engine_of(concurrency) as engine:
+            requests = [Request(engine.page_prompt, [picture]) for picture in pictures[:concurrency]]
+            note(concurrency, len(requests), "traced", measure_traced(engine, requests, params))
 
 
 if __name__ == "__main__":

@@ -98,12 +98,12 @@ def read_gaps(path: str) -> Numbers:
     """Of a result file of `bench/overlap.py`, percent of a traced window that the device waited. Raises `BadResult`."""
     try:
         found = json.loads(Path(path).read_text(encoding="utf-8"))
-        rows = [(run["concurrency"], row) for run in found["runs"] for row in run["rows"]]
+        rows = [(run["concurrency"], row) for run in found["traced"] for row in run["rows"]]
         form = found["asked"]["quantize"]
         return {
             f"{form}, {concurrency} at once": float(row["gap %"])
             for concurrency, row in rows
-            if row["way"] == _WAY and row.get("gap %") is not None
+            if row["way"] == _WAY and row["gap %"] is not None
         }
     except OSError as error:
         raise BadResult(f"{path} cannot be read: {error.strerror or error}.") from None

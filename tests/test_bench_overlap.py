@@ -44,8 +44,12 @@ def test_only_kernels_are_busy_and_only_long_pauses_are_the_cpus():
     ]
     kernels = overlap.kernel_times(events)
     assert kernels == [(100, 150), (152, 180), (190, 200)]
-    assert overlap.shares(kernels) == {"busy %": pytest.approx(88), "gap %": pytest.approx(10)}
-    assert overlap.shares([]) == {"busy %": None, "gap %": None}
+    found = overlap.shares(kernels)
+    assert found["busy %"] == pytest.approx(88)
+    assert found["gap %"] == pytest.approx(10)
+    assert found["kernels a step"] == 3 / overlap._TRACED
+    assert found["ms of kernels a step"] == pytest.approx(0.088 / overlap._TRACED)
+    assert overlap.shares([]) == dict.fromkeys(found)
 
 
 class Core:
@@ -96,38 +100,38 @@ def test_the_shortest_window():
 
 
 def test_a_table_has_a_column_for_what_was_measured():
-    row = {"way": "graphs", "differ": 2, "pages/s": [1.0, 0.5, 2.0]}
-    assert overlap.table([row]).splitlines()[0] == "| way | pages/s | pages that differ |"
-    assert overlap.table([row]).splitlines()[2] == "| graphs | 1 (0.5 to 2) | 2 |"
-    traced = [row | {"busy %": 97.123, "gap %": None}]
-    assert overlap.table(traced).splitlines()[0] == "| way | pages/s | busy % | gap % | pages that differ |"
-    assert overlap.table(traced).splitlines()[2] == "| graphs | 1 (0.5 to 2) | 97.1 | - | 2 |"
+    rows = [{"way": "graphs", "pages/s": [1.0, 0.5, 2.0], "busy %": 97.123, "gap %": None, "differ": 2}]
+    assert overlap.table(rows).splitlines() == [
+        "| way | pages/s | busy % | gap % | differ |",
+        "| --- | --- | --- | --- | --- |",
+        "| graphs | 1 (0.5 to 2) | 97.1 | - | 2 |",
+    ]
 
 
 @pytest.mark.parametrize("gpu", [None, "a GPU"])
-def test_every_way_is_traced_on_a_gpu_after_the_rounds(monkeypatch, gpu):
+def test_one_engine_is_all_ways_in_turn(monkeypatch, gpu):
     scheduler, runner = SimpleNamespace(encode_ahead=None), SimpleNamespace(_graphs="recorded")
-    core = SimpleNamespace(
-        runner=runner, gpu=gpu, scheduler=scheduler, config=SimpleNamespace(max_num_seqs=2)
-    )
+    engine = SimpleNamespace(core=SimpleNamespace(runner=runner, gpu=gpu, scheduler=scheduler))
     done = []
 
-    def note(what):
-        done.append((what, runner._graphs, core._ahead))
-
     def read(engine, requests, params):
-        note(len(requests))
-        return {"pages/s": 1.0}, ["tokens"]
+        done.append((runner._graphs, engine.core._ahead, scheduler.encode_ahead))
+        return {"pages/s": float(len(done))}, ["token"] if len(done) != 5 else ["another"]
 
     def trace(engine, requests, params):
-        note(f"traced {len(requests)}")
+        read(engine, requests, params)
         return [event("matmul_kernel", 0, 80 + len(done)), event("greedy_kernel", 99, 100)]
 
     monkeypatch.setattr(overlap, "read", read)
     monkeypatch.setattr(overlap, "trace", trace)
-    rows = overlap.measure(SimpleNamespace(core=core), [None] * 6, None, rounds=1)
     ahead = gpu is not None
-    ways = [(None, False), ("recorded", False), ("recorded", ahead)]
-    assert done[:6] == 2 * [(6, *way) for way in ways]
-    assert done[6:] == ([("traced 2", *way) for way in ways] if ahead else [])
-    assert [row.get("busy %") for row in rows] == pytest.approx([88, 89, 90] if ahead else [None] * 3)
+    ways = [(None, False, False), ("recorded", False, False), ("recorded", ahead, ahead)]
+    rows = overlap.measure(engine, [None] * 6, None, rounds=1)
+    assert done == 2 * ways
+    assert [row["pages/s"] for row in rows] == [[n, n, n] for n in (4, 5, 6)], (
+        "the first round does not count"
+    )
+    assert [row["pages that differ"] for row in rows] == [0, 1, 0]
+    rows = overlap.measure_traced(engine, [None] * 6, None)
+    assert done == 3 * ways
+    assert [row["busy %"] for row in rows] == pytest.approx([88, 89, 90])

@@ -38,7 +38,7 @@ def table(tmp_path, monkeypatch, capsys):
             (tmp_path / "kernels.json").write_text(json.dumps({"benchmarks": ops}))
         for number, (form, rows) in enumerate(runs):
             file = tmp_path / f"overlap-{number}.json"
-            file.write_text(json.dumps({"asked": {"quantize": form}, "runs": rows}))
+            file.write_text(json.dumps({"asked": {"quantize": form}, "traced": rows}))
             arguments.append(str(file))
         monkeypatch.setattr(sys, "argv", [*arguments, str(tmp_path / "not-there.json")])
         targets.main()
@@ -129,12 +129,11 @@ def test_the_longest_wait_for_the_cpu_counts(table):
     found = table(None, ("none", [gap(1, 6.0), gap(16, 4.0)]), ("int4", [gap(1, None)]))
     assert found[GAP] == ["<= 5 %", "6 %", "none, 1 at once", "4 %", "NOT MET"]
     assert table(None, ("int4", [gap(64, 5.0)]))[GAP][-1] == "met"
-    untraced = {"concurrency": 1, "rows": [{"way": "graphs, ahead"}]}
-    assert table(None, ("int4", [untraced]))[GAP][-1] == "not measured"
+    assert table(None, ("int4", [gap(1, None)]))[GAP][-1] == "not measured"
 
 
 @pytest.mark.parametrize("option", ["--kernels", "--overlap"])
-@pytest.mark.parametrize("text", ["{", "[]", '{"runs": 1, "benchmarks": 2}'])
+@pytest.mark.parametrize("text", ["{", "[]", '{"traced": 1, "benchmarks": 2}'])
 def test_a_file_that_is_no_result_is_one_sentence(option, text, tmp_path, monkeypatch, capsys):
     file = tmp_path / "some.json"
     file.write_text(text)
