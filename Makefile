@@ -4,7 +4,7 @@
 # make bench   page preparation, scheduling, pages/s, and pages/s against transformers, on this machine
 # make sanitize the thread pool under ThreadSanitizer, the kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer
 # make kernels every kernel as a fraction of this machine's limit
-# make bench-gpu on a GPU box: the kernels' tests and speed on the device, their machine code, pages/s of the 3B's shape: out/gpu.md
+# make bench-gpu on a GPU box: the kernels' tests and speed on the device, their machine code, pages/s of the 3B's shape, the aims: out/gpu.md
 # make clean   remove everything that was built
 
 PYTHON ?= python3
