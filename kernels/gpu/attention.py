@@ -43,12 +43,12 @@ def _find(starts, num: tl.int32, tile: tl.int32, TOKENS: tl.constexpr):
 
 
 @triton.jit
-def _soften(score, maximum, total):
-    """One tile of scores (base 2) to weights; returns them, the new maximum and sum, and the old ones' factor."""
-    highest = tl.maximum(maximum, tl.max(score, 1))
+def _soften(score, scale, maximum, total):
+    """One tile of scores to weights; returns them, the new maximum (scaled, base 2) and sum, and the old ones' factor."""
+    highest = tl.maximum(maximum, tl.max(score, 1) * scale)
     # A row that has seen no key yet has -inf - -inf.
     shift = tl.where(highest == -float("inf"), 0.0, highest)
-    weight = tl.exp2(score - shift[:, None])
+    weight = tl.exp2(score * scale - shift[:, None])
     rescale = tl.exp2(maximum - shift)
     return weight, highest, total * rescale + tl.sum(weight, 1), rescale
 
@@ -63,16 +63,16 @@ def _paged_tiles(
     d = tl.arange(0, D)
     for n in tl.range(first, last, TILE_N):
         key = n + tl.arange(0, TILE_N)
-        inside = key < context
+        inside = (key < context) if MASKED else (key == key)
         block = tl.load(table + key // BLOCK, mask=inside, other=0).to(tl.int64)
         slot = (block * KV_HEADS + head) * BLOCK + key % BLOCK
         k = tl.load(k_cache + slot[None, :] * D + d[:, None], mask=inside[None, :], other=0.0)
-        score = tl.dot(q, k.to(q.dtype), input_precision=PRECISION) * scale
+        score = tl.dot(q, k.to(q.dtype), input_precision=PRECISION)
         if SCALED:
             score *= tl.load(k_scale + slot, mask=inside, other=0.0)[None, :]
         if MASKED:
             score = tl.where(key[None, :] < visible[:, None], score, -float("inf"))
-        weight, maximum, total, rescale = _soften(score, maximum, total)
+        weight, maximum, total, rescale = _soften(score, scale, maximum, total)
         if SCALED:
             weight *= tl.load(v_scale + slot, mask=inside, other=0.0)[None, :]
         v = tl.load(v_cache + slot[:, None] * D + d[None, :], mask=inside[:, None], other=0.0)
@@ -167,17 +167,16 @@ def _packed_tiles(
     d = tl.arange(0, MAIN)
     for n in tl.range(first, last, TILE_N):
         key = (n + tl.arange(0, TILE_N)).to(tl.int64)
-        inside = (key < end) if MASKED else (key < key + 1)
+        inside = (key < end) if MASKED else (key == key)
         keys = tl.load(k + key[None, :] * k_row + d[:, None], mask=inside[None, :], other=0.0)
         score = tl.dot(q_main, keys, input_precision=PRECISION)
         if TAIL > 0:
             t = MAIN + tl.arange(0, TAIL)
             keys = tl.load(k + key[None, :] * k_row + t[:, None], mask=inside[None, :], other=0.0)
             score = tl.dot(q_tail, keys, score, input_precision=PRECISION)
-        score *= scale
         if MASKED:
             score = tl.where(inside[None, :], score, -float("inf"))
-        weight, maximum, total, rescale = _soften(score, maximum, total)
+        weight, maximum, total, rescale = _soften(score, scale, maximum, total)
         weight = weight.to(q_main.dtype)
         values = tl.load(v + key[:, None] * v_row + d[None, :], mask=inside[:, None], other=0.0)
         acc_main = tl.dot(weight, values, acc_main * rescale[:, None], input_precision=PRECISION)
