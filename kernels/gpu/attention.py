@@ -43,40 +43,60 @@ def _find(starts, num: tl.int32, tile: tl.int32, TOKENS: tl.constexpr):
 
 
 @triton.jit
-def _soften(score, scale, maximum, total):
+def _soften(score, scale, maximum, total, MASKED: tl.constexpr):
     """One tile of scores to weights; returns them, the new maximum (scaled, base 2) and sum, and the old ones' factor."""
     highest = tl.maximum(maximum, tl.max(score, 1) * scale)
     # A row that has seen no key yet has -inf - -inf.
-    shift = tl.where(highest == -float("inf"), 0.0, highest)
+    shift = tl.where(highest == -float("inf"), 0.0, highest) if MASKED else highest
     weight = tl.exp2(score * scale - shift[:, None])
     rescale = tl.exp2(maximum - shift)
     return weight, highest, total * rescale + tl.sum(weight, 1), rescale
 
 
 @triton.jit
+def _place(n, lane, BLOCK: tl.constexpr, TILE_N: tl.constexpr):
+    """Of keys `n + lane`: the column of the block table, and the token in the block; n is a multiple of TILE_N."""
+    if TILE_N % BLOCK == 0:  # the tokens do not change from tile to tile
+        column, token = n // BLOCK + lane // BLOCK, lane % BLOCK
+    else:
+        column, token = (n + lane) // BLOCK, (n + lane) % BLOCK
+    return column, token
+
+
+@triton.jit
 def _paged_tiles(
-    q, acc, maximum, total, k_cache, v_cache, k_scale, v_scale, table, head, visible, first, last, context, scale,
+    q, acc, maximum, total, k_cache, v_cache, k_scale, v_scale, table, head, visible, first, last, scale,
     KV_HEADS: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, TILE_N: tl.constexpr, SCALED: tl.constexpr,
     MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Keys `first` up to `last` of one sequence, for one tile of rows that see `visible` keys each."""
     d = tl.arange(0, D)
+    lane = tl.arange(0, TILE_N)
+    # The next tile's blocks are looked up a tile ahead: a pipeline over loads that wait for loads would have one stage less.
+    column, _ = _place(first, lane, BLOCK, TILE_N)
+    block = tl.load(table + column, mask=first + lane < last, other=0)
     for n in tl.range(first, last, TILE_N):
-        key = n + tl.arange(0, TILE_N)
-        inside = (key < context) if MASKED else (key == key)
-        block = tl.load(table + key // BLOCK, mask=inside, other=0).to(tl.int64)
-        slot = (block * KV_HEADS + head) * BLOCK + key % BLOCK
-        k = tl.load(k_cache + slot[None, :] * D + d[:, None], mask=inside[None, :], other=0.0)
-        score = tl.dot(q, k.to(q.dtype), input_precision=PRECISION)
+        key = n + lane
+        inside = (key < last) if MASKED else (key == key)
+        _, token = _place(n, lane, BLOCK, TILE_N)
+        place = head * BLOCK + token
+        row = block.to(tl.int64) * (KV_HEADS * BLOCK)
+        at = row[:, None] * D
+        k_at = k_cache + (place[:, None] * D + d[None, :])
+        v_at = v_cache + (place[:, None] * D + d[None, :])
+        k = tl.load(k_at + at, mask=inside[:, None], other=0.0)
+        score = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision=PRECISION)
         if SCALED:
-            score *= tl.load(k_scale + slot, mask=inside, other=0.0)[None, :]
+            score *= tl.load(k_scale + row + place, mask=inside, other=0.0)[None, :]
         if MASKED:
             score = tl.where(key[None, :] < visible[:, None], score, -float("inf"))
-        weight, maximum, total, rescale = _soften(score, scale, maximum, total)
+        weight, maximum, total, rescale = _soften(score, scale, maximum, total, MASKED)
         if SCALED:
-            weight *= tl.load(v_scale + slot, mask=inside, other=0.0)[None, :]
-        v = tl.load(v_cache + slot[:, None] * D + d[None, :], mask=inside[:, None], other=0.0)
+            weight *= tl.load(v_scale + row + place, mask=inside, other=0.0)[None, :]
+        v = tl.load(v_at + at, mask=inside[:, None], other=0.0)
         acc = tl.dot(weight.to(q.dtype), v.to(q.dtype), acc * rescale[:, None], input_precision=PRECISION)
+        column, _ = _place(n + TILE_N, lane, BLOCK, TILE_N)
+        block = tl.load(table + column, mask=key + TILE_N < last, other=0)
     return acc, maximum, total
 
 
@@ -97,14 +117,15 @@ def paged_kernel(
     if first_token >= count:
         return
     context = tl.load(context_lens + seq)
+    # Rows of the tile in 32 bits beside one address of the tile: they stay in registers to the end.
     row = tl.arange(0, TILE_M)
-    token = first_token + row // GROUP
-    mine = (row < TOKENS * GROUP) & (token < count)
-    q_at = (begin + token).to(tl.int64) * q_token + (head * GROUP + row % GROUP) * q_head
+    token, member = row // GROUP, row % GROUP
+    mine = token < tl.minimum(count - first_token, TOKENS)
     d = tl.arange(0, D)
-    tile_q = tl.load(q + q_at[:, None] + d[None, :], mask=mine[:, None], other=0.0)
+    q += (begin + first_token).to(tl.int64) * q_token + head * GROUP * q_head
+    tile_q = tl.load(q + (token * q_token + member * q_head)[:, None] + d[None, :], mask=mine[:, None], other=0.0)
     # Row r sees the context up to its own token; rows of no token see what the first one does, and are not stored.
-    visible = tl.where(mine, context - count + token + 1, context - count + first_token + 1)
+    visible = context - count + first_token + 1 + tl.where(mine, token, 0)
     seen_by_all = context - count + first_token + 1
     last = tl.minimum(context, seen_by_all + TOKENS - 1)
     first = 0
@@ -119,25 +140,25 @@ def paged_kernel(
     total = tl.zeros((TILE_M,), tl.float32)
     table = block_tables + seq.to(tl.int64) * table_row
     acc, maximum, total = _paged_tiles(
-        tile_q, acc, maximum, total, k_cache, v_cache, k_scale, v_scale, table, head, visible, first, full, context,
+        tile_q, acc, maximum, total, k_cache, v_cache, k_scale, v_scale, table, head, visible, first, full,
         scale, KV_HEADS, D, BLOCK, TILE_N, SCALED, False, PRECISION,
     )  # fmt: skip
     acc, maximum, total = _paged_tiles(
-        tile_q, acc, maximum, total, k_cache, v_cache, k_scale, v_scale, table, head, visible, full, last, context,
+        tile_q, acc, maximum, total, k_cache, v_cache, k_scale, v_scale, table, head, visible, full, last,
         scale, KV_HEADS, D, BLOCK, TILE_N, SCALED, True, PRECISION,
     )  # fmt: skip
 
-    heads: tl.constexpr = KV_HEADS * GROUP
-    which = head * GROUP + row % GROUP
     acc /= tl.where(total > 0, total, 1.0)[:, None]
     if SPLIT:
-        at = (tl.program_id(2) * num_tokens + begin + token).to(tl.int64) * heads + which
+        heads: tl.constexpr = KV_HEADS * GROUP
+        at = (tl.program_id(2) * num_tokens + begin + first_token).to(tl.int64) * heads + head * GROUP
+        at = at + token * heads + member
         tl.store(partial + at[:, None] * D + d[None, :], acc, mask=mine[:, None])
-        tl.store(
-            partial_lse + at, maximum + tl.log2(total), mask=mine
-        )  # -inf where the range holds no visible key
+        # -inf where the range holds no visible key
+        tl.store(partial_lse + at, maximum + tl.log2(total), mask=mine)
     else:
-        at = (begin + token).to(tl.int64) * out_token + which * D
+        out += (begin + first_token).to(tl.int64) * out_token + head * GROUP * D
+        at = token * out_token + member * D
         tl.store(out + at[:, None] + d[None, :], acc.to(out.dtype.element_ty), mask=mine[:, None])
 
 
@@ -176,7 +197,7 @@ def _packed_tiles(
             score = tl.dot(q_tail, keys, score, input_precision=PRECISION)
         if MASKED:
             score = tl.where(inside[None, :], score, -float("inf"))
-        weight, maximum, total, rescale = _soften(score, scale, maximum, total)
+        weight, maximum, total, rescale = _soften(score, scale, maximum, total, MASKED)
         weight = weight.to(q_main.dtype)
         values = tl.load(v + key[:, None] * v_row + d[None, :], mask=inside[:, None], other=0.0)
         acc_main = tl.dot(weight, values, acc_main * rescale[:, None], input_precision=PRECISION)

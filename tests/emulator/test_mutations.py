@@ -74,13 +74,13 @@ def test_wrong_product(mutated: Mutate, mutation: str) -> None:
 
 ATTENTION = {
     "a token sees the next": ("key[None, :] < visible[:, None]", "key[None, :] <= visible[:, None]"),
-    "a token does not see itself": ("- count + token + 1,", "- count + token,"),
+    "a token does not see itself": ("- count + first_token + 1 + tl", "- count + first_token + tl"),
     "masked one tile late": ("// TILE_N * TILE_N)\n\n", "// TILE_N * TILE_N + TILE_N)\n\n"),
     "the old sums not rescaled": (
         "acc * rescale[:, None], input_precision=PRECISION)\n    return", "acc, input_precision=PRECISION)\n    return",
     ),
     "ranges merged without weights": ("weight = tl.exp2(lse - tl.max(lse, 0))", "weight = tl.exp2(0 * lse)"),
-    "the wrong head of the group": ("(head * GROUP + row % GROUP) * q_head", "(head * GROUP + row // TOKENS) * q_head"),
+    "the wrong head of the group": ("token * q_token + member * q_head", "token * q_token + row // TOKENS * q_head"),
 }  # fmt: skip
 """What stands where in `kernels/gpu/attention.py`."""
 
