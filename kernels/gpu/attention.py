@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pagemill.kernels.check import expect
 from pagemill.kernels.gpu.configs import AttentionTile
 
 __all__ = ["paged_attention", "varlen_attention"]
@@ -185,24 +186,33 @@ def _packed_tiles(
     MAIN: tl.constexpr, TAIL: tl.constexpr, TILE_N: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Keys at rows `first` up to `last` (masked: only those before `end` are there)."""
+    lane = tl.arange(0, TILE_N)
     d = tl.arange(0, MAIN)
+    # Addresses of a tile are one number for all its threads beside what stays the same.
+    k_at = k + (lane[:, None] * k_row + d[None, :])
+    v_at = v + (lane[:, None] * v_row + d[None, :])
+    if TAIL > 0:
+        t = MAIN + tl.arange(0, TAIL)
+        k_tail_at = k + (lane[:, None] * k_row + t[None, :])
+        v_tail_at = v + (lane[:, None] * v_row + t[None, :])
     for n in tl.range(first, last, TILE_N):
-        key = (n + tl.arange(0, TILE_N)).to(tl.int64)
+        key = n + lane
         inside = (key < end) if MASKED else (key == key)
-        keys = tl.load(k + key[None, :] * k_row + d[:, None], mask=inside[None, :], other=0.0)
-        score = tl.dot(q_main, keys, input_precision=PRECISION)
+        n_wide = tl.full((), n, tl.int64)
+        k_from, v_from = n_wide * k_row, n_wide * v_row
+        keys = tl.load(k_at + k_from, mask=inside[:, None], other=0.0)
+        score = tl.dot(q_main, tl.trans(keys), input_precision=PRECISION)
         if TAIL > 0:
-            t = MAIN + tl.arange(0, TAIL)
-            keys = tl.load(k + key[None, :] * k_row + t[:, None], mask=inside[None, :], other=0.0)
-            score = tl.dot(q_tail, keys, score, input_precision=PRECISION)
+            keys = tl.load(k_tail_at + k_from, mask=inside[:, None], other=0.0)
+            score = tl.dot(q_tail, tl.trans(keys), score, input_precision=PRECISION)
         if MASKED:
             score = tl.where(inside[None, :], score, -float("inf"))
         weight, maximum, total, rescale = _soften(score, scale, maximum, total, MASKED)
         weight = weight.to(q_main.dtype)
-        values = tl.load(v + key[:, None] * v_row + d[None, :], mask=inside[:, None], other=0.0)
+        values = tl.load(v_at + v_from, mask=inside[:, None], other=0.0)
         acc_main = tl.dot(weight, values, acc_main * rescale[:, None], input_precision=PRECISION)
         if TAIL > 0:
-            values = tl.load(v + key[:, None] * v_row + t[None, :], mask=inside[:, None], other=0.0)
+            values = tl.load(v_tail_at + v_from, mask=inside[:, None], other=0.0)
             acc_tail = tl.dot(weight, values, acc_tail * rescale[:, None], input_precision=PRECISION)
     return acc_main, acc_tail, maximum, total
 
@@ -276,8 +286,9 @@ def paged_attention(
     """`pagemill.kernels.attention.paged_attention_reference` for head_dim 16, 32, 64, 128 or 256; lengths are not checked.
 
     `num_splits` > 1 cuts every context into at most so many ranges of equal size: for batches too small to fill the GPU
-    (`configs.splits_for`).
+    (`configs.splits_for`). ValueError where `scale` is not above zero: a tile's largest score is found before it is scaled.
     """
+    expect(scale > 0, "scale", "a number above 0", scale)
     tokens, heads, d = q.shape
     _, kv_heads, block_size, _ = k_cache.shape
     group = heads // kv_heads
@@ -310,7 +321,11 @@ def paged_attention(
 def varlen_attention(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float, *, tile: AttentionTile
 ) -> Tensor:
-    """`pagemill.kernels.attention.varlen_attention_reference` for a head_dim that is a sum of at most two powers of two >= 16."""
+    """`pagemill.kernels.attention.varlen_attention_reference` for a head_dim that is a sum of at most two powers of two >= 16.
+
+    ValueError where `scale` is not above zero.
+    """
+    expect(scale > 0, "scale", "a number above 0", scale)
     rows, heads, d = q.shape
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     segments = cu_seqlens.shape[0] - 1

@@ -180,23 +180,26 @@ MATMUL: Mapping[int, Mapping[tuple[str, bool], tuple[MatmulTile, ...]]] = {
 }
 """By architecture, then by form and whether gate and up are multiplied at once: tiles from small to large."""
 
-_CUDA = (80, 89, 90, 100)
+_CUDA, _WGMMA = (80, 89, 90, 100), (90, 100)
 PAGED: Mapping[int, tuple[AttentionTile, AttentionTile]] = {
     0: (AttentionTile(16, 64, 4, 1), AttentionTile(128, 64, 4, 1)),
-    **dict.fromkeys(_CUDA, (AttentionTile(16, 64, 4, 3), AttentionTile(128, 64, 8, 3))),
+    **dict.fromkeys(_CUDA, (AttentionTile(16, 64, 4, 2), AttentionTile(128, 64, 8, 3))),
+    **dict.fromkeys(_WGMMA, (AttentionTile(16, 64, 4, 3), AttentionTile(128, 128, 8, 3))),
     AMD: (AttentionTile(16, 64, 4, 2), AttentionTile(128, 64, 8, 2)),
 }
 """By architecture: where every sequence has one token, and where some have more."""
 PAGED_QUANTISED: Mapping[int, tuple[AttentionTile, AttentionTile]] = {
     **PAGED,
-    **dict.fromkeys((80, 89), (AttentionTile(16, 64, 4, 3), AttentionTile(128, 32, 8, 3))),
-    **dict.fromkeys((90, 100), (AttentionTile(16, 128, 4, 3), AttentionTile(128, 64, 8, 3))),
+    **dict.fromkeys(_CUDA, (AttentionTile(16, 64, 4, 3), AttentionTile(128, 32, 4, 3))),
+    **dict.fromkeys(_WGMMA, (AttentionTile(16, 64, 4, 3), AttentionTile(128, 64, 8, 3))),
 }
-"""The same over int8 and fp8, whose conversion takes registers."""
+"""The same over int8 and fp8, whose conversion takes registers. With mma every warp converts all keys for its own rows: four warps
+of 32 rows convert half of what eight of 16 do."""
 
 VARLEN: Mapping[int, tuple[AttentionTile, AttentionTile]] = {
     0: (AttentionTile(64, 64, 4, 1), AttentionTile(64, 64, 4, 1)),
     **dict.fromkeys(_CUDA, (AttentionTile(64, 64, 4, 3), AttentionTile(64, 64, 4, 3))),
+    **dict.fromkeys(_WGMMA, (AttentionTile(64, 64, 4, 3), AttentionTile(128, 128, 8, 3))),
     AMD: (AttentionTile(64, 64, 4, 2), AttentionTile(64, 64, 4, 2)),
 }
 """By architecture: windows (segments of 64 rows or fewer on average), and whole images."""

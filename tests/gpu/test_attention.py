@@ -16,7 +16,7 @@ COUNTS = [1, 5, 1, 32, 2, 64, 13, 1, 0, 0]
 @pytest.mark.parametrize("splits", [1, 3])
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "head_dim", "block", "rows", "keys"),
-    [(8, 1, 64, 16, 16, 32), (7, 1, 128, 16, 16, 16), (4, 2, 64, 32, 32, 32), (2, 2, 16, 1, 16, 16), (16, 2, 128, 16, 64, 32)],
+    [(8, 1, 64, 16, 16, 32), (7, 1, 128, 16, 16, 16), (4, 2, 64, 32, 32, 32), (2, 2, 16, 1, 16, 16), (16, 2, 128, 16, 64, 32), (2, 1, 16, 24, 16, 32), (2, 1, 16, 64, 16, 16)],
 )  # fmt: skip
 def test_paged_matches_float64(
     dtype: torch.dtype,
@@ -48,6 +48,16 @@ def test_paged_large_scores_do_not_overflow() -> None:
     batch.q *= 100
     found = batch.attend(1.0, Tile(16, 16, 4, 2), 2)
     assert error(found, batch.expected(1.0)) < 1e-3
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.5, float("nan")])
+def test_scale_is_above_zero(scale: float) -> None:
+    """The largest score is taken before it is scaled."""
+    batch = Batch([3], [1], 2, 1, 16, 16, torch.float32)
+    with pytest.raises(ValueError, match="scale"):
+        batch.attend(scale, Tile(16, 16, 4, 2), 1)
+    with pytest.raises(ValueError, match="scale"):
+        varlen_attention(batch.q, batch.q, batch.q, batch.starts, scale, tile=Tile(16, 16, 4, 2))
 
 
 def test_paged_without_rows() -> None:
