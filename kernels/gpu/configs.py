@@ -180,17 +180,17 @@ MATMUL: Mapping[int, Mapping[tuple[str, bool], tuple[MatmulTile, ...]]] = {
 }
 """By architecture, then by form and whether gate and up are multiplied at once: tiles from small to large."""
 
-_CUDA, _WGMMA = (80, 89, 90, 100), (90, 100)
+_MMA, _WGMMA = (80, 89), (90, 100)
 PAGED: Mapping[int, tuple[AttentionTile, AttentionTile]] = {
     0: (AttentionTile(16, 64, 4, 1), AttentionTile(128, 64, 4, 1)),
-    **dict.fromkeys(_CUDA, (AttentionTile(16, 64, 4, 2), AttentionTile(128, 64, 8, 3))),
+    **dict.fromkeys(_MMA, (AttentionTile(16, 64, 4, 2), AttentionTile(128, 64, 8, 3))),
     **dict.fromkeys(_WGMMA, (AttentionTile(16, 64, 4, 3), AttentionTile(128, 128, 8, 3))),
     AMD: (AttentionTile(16, 64, 4, 2), AttentionTile(128, 64, 8, 2)),
 }
 """By architecture: where every sequence has one token, and where some have more."""
 PAGED_QUANTISED: Mapping[int, tuple[AttentionTile, AttentionTile]] = {
     **PAGED,
-    **dict.fromkeys(_CUDA, (AttentionTile(16, 64, 4, 3), AttentionTile(128, 32, 4, 3))),
+    **dict.fromkeys(_MMA, (AttentionTile(16, 64, 4, 3), AttentionTile(128, 32, 4, 3))),
     **dict.fromkeys(_WGMMA, (AttentionTile(16, 64, 4, 3), AttentionTile(128, 64, 8, 3))),
 }
 """The same over int8 and fp8, whose conversion takes registers. With mma every warp converts all keys for its own rows: four warps
@@ -198,7 +198,7 @@ of 32 rows convert half of what eight of 16 do."""
 
 VARLEN: Mapping[int, tuple[AttentionTile, AttentionTile]] = {
     0: (AttentionTile(64, 64, 4, 1), AttentionTile(64, 64, 4, 1)),
-    **dict.fromkeys(_CUDA, (AttentionTile(64, 64, 4, 3), AttentionTile(64, 64, 4, 3))),
+    **dict.fromkeys(_MMA, (AttentionTile(64, 64, 4, 3), AttentionTile(64, 64, 4, 3))),
     **dict.fromkeys(_WGMMA, (AttentionTile(64, 64, 4, 3), AttentionTile(128, 128, 8, 3))),
     AMD: (AttentionTile(64, 64, 4, 2), AttentionTile(64, 64, 4, 2)),
 }
