@@ -76,6 +76,8 @@ def faults(figures: Figures, target: Target, case: Case) -> list[str]:
             found.append("no load of weights was found")
         elif figures.narrowest < least:
             found.append(f"loads of weights of {figures.narrowest} bytes")
+        if figures.stages > 2 and figures.in_flight == 0:
+            found.append(f"{figures.stages} stages, and nothing is copied while a tile is computed")
     return found
 
 
@@ -327,8 +329,7 @@ _WORDS = ("SPLIT", "SCALED", "TAIL", "GATED", "DESCRIBED", "SPECIALISED")
 
 def launch_name(launch: Launch) -> str:
     """The sizes that a kernel was compiled with."""
-    names = launch.fn.arg_names
-    values = {names[path[0]]: value for path, value in launch.constants.items() if len(path) == 1}
+    values = launch.values
     sizes = "x".join(str(values[n]) for n in ("TILE_M", "TILE_N", "TILE_K", "GROUP") if n in values)
     stages = (
         f"{launch.options['num_stages']} stages, " if launch.kernel.rpartition(".")[2] in _MULTIPLY else ""
@@ -361,7 +362,7 @@ _SHORT = {
     "matrix": "mma", "global load": "ldg", "shared and tensor memory": "smem", "float": "float", "convert": "cvt",
     "integer and address": "int", "control": "ctl", "global store": "stg", "spill": "spill",
 }  # fmt: skip
-_CODE = ("regs", "spills", "shared KiB", "occupancy", "matrix", "weights: loads x bytes", "per matrix op")
+_CODE = ("regs", "spills", "shared KiB", "occupancy", "matrix", "weights: loads x bytes", "in flight", "per matrix op", "per mma")
 _SMALL = ("finish_kernel", "merge_kernel", "quantize_kernel")
 
 
@@ -370,7 +371,8 @@ def _code(f: Figures) -> list[str]:
     return [
         str(f.registers), str(f.spills), f"{f.shared / 1024:.0f}", f"{100 * f.occupancy:.0f} %",
         f.matrix if multiply else "", _sizes(f.widths.get("weights")) if multiply else "",
-        f"{f.per_matrix:.1f}" if f.per_matrix else "",
+        "" if f.in_flight is None else str(f.in_flight),
+        f"{f.per_matrix:.1f}" if f.per_matrix else "", f"{f.per_mma:.2f}" if f.per_mma else "",
     ]  # fmt: skip
 
 
@@ -445,12 +447,17 @@ sizes of Qwen2.5-VL-3B, as its launcher would start it on a card of the target (
   **occupancy**: warps that fit on a multiprocessor at once, by registers, shared memory and programs.
 - **matrix**: the instruction of the tensor cores. **weights** are loads of weights, or of keys and values, in the whole kernel
   with its prologue: how many in a thread, by bytes of one. **async**: copies from global to shared memory without registers.
+- **in flight**: groups of asynchronous copies that may be on their way while the inner loop waits for the oldest. 0: a tile's
+  copies are waited for before anything else is done, and only other programs of the multiprocessor hide them.
 - **per matrix op**: other instructions of the inner loop for each one of the tensor cores. One `wgmma` or `tcgen05` does the work
-  of 16 to 64 `mma`, so that this compares rows of one instruction only. **described**: by tensor
+  of 16 to 64 `mma`, so that this compares rows of one instruction only. **per mma**: the same of all warps of the loop for each
+  2,048 multiply-adds of a tile, the work of one `mma` of 16 x 8 x 16, for any instruction, tile and number of warps. On sm_80 in
+  bfloat16 both are one number, or the same products are computed twice. **described**: by tensor
   descriptors; one thread copies a block. **specialised**: the loop of the warp that multiplies; another copies.
 - The last columns are limits of cards with this instruction set in microseconds: the longer of operations at the data sheet's
   peak and bytes at its bandwidth. `-`: the card lacks the arithmetic, or the kernel is a small part of its case.
-- **faults**: what the gate refuses: spills, too much shared memory, no tensor-core instruction, narrow loads of weights.
+- **faults**: what the gate refuses: spills, too much shared memory, no tensor-core instruction, narrow loads of weights,
+  three stages or more and nothing in flight.
 
 Loads of 8 bytes are taken in two places. int8 and fp8 keys: Triton lays such an operand out 8 elements wide before it is
 converted. int4 weights with more than 64 rows on sm_90 and sm_100, for the same reason; there arithmetic bounds them and not

@@ -89,6 +89,20 @@ class Launch:
     options: Mapping[str, Any]
 
     @property
+    def values(self) -> dict[str, Any]:
+        """The constants by name."""
+        return {self.fn.arg_names[path[0]]: value for path, value in self.constants.items() if len(path) == 1}
+
+    @property
+    def multiply_adds(self) -> int:
+        """Of one step of the inner loop, by a whole program; 0 for a kernel without a product."""
+        values = self.values
+        depth = 2 * values["D"] if "D" in values else values.get("TILE_K") or values.get("GROUP")
+        if not depth or not {"TILE_M", "TILE_N"} <= values.keys():
+            return 0
+        return values["TILE_M"] * values["TILE_N"] * depth * (2 if values.get("GATED") else 1)
+
+    @property
     def key(self) -> str:
         """Equal for launches that are one compiled kernel."""
         return repr((self.kernel, self.signature, self.constants, self.attributes, self.options))
@@ -166,6 +180,11 @@ class Figures:
     """Instructions of the inner loop by kind: the first innermost one with a matrix instruction, else the longest, else all."""
     per_matrix: float | None
     """Other instructions of the inner loop for each of its matrix instructions."""
+    per_mma: float | None
+    """The same, of all warps that run it, for each 2,048 multiply-adds of a tile: the work of one `mma` of 16 x 8 x 16."""
+    stages: int
+    in_flight: int | None
+    """Groups of asynchronous copies that may be on their way when the inner loop waits for one; None without any."""
 
     @property
     def narrowest(self) -> int | None:
@@ -182,11 +201,12 @@ class Code:
 
 
 _SASS = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);")
+_PENDING = re.compile(r"\s*SB0,\s*0x([0-9a-f]+)")
 _GCN = re.compile(r"^\s+([a-z]\w+)\s*(.*)$")
 
 
 def read_sass(text: str) -> Code:
-    """The instructions of `cuobjdump -sass`."""
+    """The instructions of `cuobjdump -sass`; to a wait for copies the number that it leaves is added."""
     names: list[str] = []
     at: dict[int, int] = {}
     jumps: list[tuple[int, int]] = []
@@ -196,6 +216,8 @@ def read_sass(text: str) -> Code:
             at[address] = len(names)
             if name.startswith("BRA") and (goal := re.search(r"0x([0-9a-f]+)\s*$", rest.strip())):
                 jumps.append((len(names), int(goal[1], 16)))
+            if name == "DEPBAR.LE" and (pending := _PENDING.match(rest)):
+                name += f".{int(pending[1], 16)}"
             names.append(name)
     loops = [(at[goal], here) for here, goal in jumps if goal in at and at[goal] < here]
     return Code(names, loops)
@@ -251,6 +273,14 @@ def inner_loop(code: Code) -> Sequence[str]:
         if not any(first <= a and b <= last and (a, b) != (first, last) for a, b in with_matrix):
             return code.names[first : last + 1]
     return max(spans, key=len, default=code.names)
+
+
+def in_flight(loop: Sequence[str]) -> int | None:
+    """See `Figures.in_flight`. Copies without registers report to scoreboard 0, if there are any."""
+    if "LDGDEPBAR" not in loop:
+        return None
+    waits = [int(name.rpartition(".")[2]) for name in loop if re.fullmatch(r"DEPBAR\.LE\.\d+", name)]
+    return min(waits, default=None)
 
 
 # Loads, by source line. A thread's load or copy in PTX, and in AMD's assembly.
@@ -364,7 +394,9 @@ def build(launch: Launch, target: Target) -> Figures:
         code = read_gcn(assembly)
         registers = int(re.search(r"\.vgpr_count:\s+(\d+)", assembly)[1])  # type: ignore[index]
         spills = sum(map(int, re.findall(r"\.[sv]gpr_spill_count:\s+(\d+)", assembly)))
-    loop = Counter(map(kind_of, inner_loop(code)))
+    names = inner_loop(code)
+    loop = Counter(map(kind_of, names))
+    others, work = loop.total() - loop["matrix"], launch.multiply_adds / 2048
     widths, asynchronous = loads(assembly)
     return Figures(
         kernel=launch.kernel.rpartition(".")[2],
@@ -377,5 +409,8 @@ def build(launch: Launch, target: Target) -> Figures:
         widths={name: dict(sorted(counts.items())) for name, counts in widths.items() if counts},
         asynchronous=asynchronous,
         loop=dict(loop),
-        per_matrix=(loop.total() - loop["matrix"]) / loop["matrix"] if loop["matrix"] else None,
+        per_matrix=others / loop["matrix"] if loop["matrix"] else None,
+        per_mma=others * launch.options["num_warps"] / work if loop["matrix"] and work else None,
+        stages=launch.options["num_stages"],
+        in_flight=in_flight(names),
     )

@@ -52,11 +52,11 @@ def _keys(
     n = tl.arange(0, TILE_N)
     for start in tl.range(first, last, TILE_N):
         keys = tl.load(k_at + start * D)
-        score = tl.dot(q, keys) * scale
+        score = tl.dot(q, keys)
         if MASKED:
             score = tl.where(row[:, None] >= start + n[None, :], score, -1.0e6)
-        larger = tl.maximum(highest, tl.max(score, 1))
-        weight = tl.exp2(score - larger[:, None])
+        larger = tl.maximum(highest, tl.max(score, 1) * scale)
+        weight = tl.exp2(score * scale - larger[:, None])
         rescale = tl.exp2(highest - larger)
         total = total * rescale + tl.sum(weight, 1)
         acc = acc * rescale[:, None]

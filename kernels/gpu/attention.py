@@ -73,7 +73,8 @@ def _paged_tiles(
     """Keys `first` up to `last` of one sequence, for one tile of rows that see `visible` keys each."""
     d = tl.arange(0, D)
     lane = tl.arange(0, TILE_N)
-    # The next tile's blocks are looked up a tile ahead: a pipeline over loads that wait for loads would have one stage less.
+    # The next tile's blocks are looked up here, not by the copies that need them: Triton would give each of the two its own
+    # stage of the pipeline, and with three no tile of keys would be on its way while another is computed.
     column, _ = _place(first, lane, BLOCK, TILE_N)
     block = tl.load(table + column, mask=first + lane < last, other=0)
     for n in tl.range(first, last, TILE_N):

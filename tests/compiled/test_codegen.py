@@ -15,6 +15,7 @@ from machine_code import (
     Figures,
     Target,
     capture,
+    in_flight,
     inner_loop,
     kind_of,
     loads,
@@ -112,6 +113,24 @@ def test_the_gate_closes(case: Case, target: str, fault: str) -> None:
     assert any(fault in found for found in faults(case, TARGETS[target]))
 
 
+def test_the_gate_closes_on_a_pipeline_that_waits_at_once() -> None:
+    case, target = next(case for case in GATE if case.name.startswith("prefill")), TARGETS["sm_80"]
+    (row,) = codegen.run(case, target, _built.setdefault(target.name, {}))
+    assert row.figures.in_flight
+    (fault,) = codegen.faults(replace(row.figures, in_flight=0), target, case)
+    assert "nothing is copied while" in fault
+    assert not codegen.faults(replace(row.figures, in_flight=0, stages=2), target, case)
+
+
+@pytest.mark.parametrize("name", ["gate_up plain", "down int4", "prefill", "vision images"])
+def test_on_sm_80_a_bfloat16_product_is_one_mma_for_each_2048_multiply_adds(name: str) -> None:
+    """What a tile is taken to multiply is what its inner loop does."""
+    case = next(case for case in GATE if case.name.startswith(name))
+    rows = codegen.run(case, TARGETS["sm_80"], _built.setdefault("sm_80", {}))
+    (figures,) = (row.figures for row in rows if row.figures.per_mma)
+    assert figures.per_mma == pytest.approx(figures.per_matrix)
+
+
 SASS = """
         /*0000*/                   MOV R1, c[0x0][0x28] ;
         /*0010*/                   LDG.E.128 R4, [R2.64] ;
@@ -124,6 +143,14 @@ SASS = """
 """
 
 
+WAITS = """
+        /*0000*/                   DEPBAR.LE SB0, 0x2 ;
+        /*0010*/                   DEPBAR.LE SB1, 0x0 ;
+        /*0020*/                   WARPGROUP.DEPBAR.LE gsb0, 0x0 ;
+        /*0030*/                   LDGDEPBAR ;
+"""
+
+
 def test_machine_code_is_read() -> None:
     code = read_sass(SASS)
     assert code.names[2].startswith("HMMA")
@@ -133,6 +160,9 @@ def test_machine_code_is_read() -> None:
     assert code.loops == [(2, 3), (1, 6)]
     assert list(inner_loop(code)) == list(code.names[2:4])
     assert list(inner_loop(Code(["FADD"]))) == ["FADD"]
+    waits = read_sass(WAITS).names
+    assert in_flight(waits) == 2
+    assert in_flight(waits[:-1]) is None
     gcn = read_gcn(
         "kernel:\n\tv_mov_b32 v0, v1\n.LBB0_1:\n\tv_mfma_f32 a, b\n\ts_cbranch_scc1 .LBB0_1\n.Lfunc_end0:\n\tv_not_read x\n"
     )
