@@ -362,7 +362,17 @@ _SHORT = {
     "matrix": "mma", "global load": "ldg", "shared and tensor memory": "smem", "float": "float", "convert": "cvt",
     "integer and address": "int", "control": "ctl", "global store": "stg", "spill": "spill",
 }  # fmt: skip
-_CODE = ("regs", "spills", "shared KiB", "occupancy", "matrix", "weights: loads x bytes", "in flight", "per matrix op", "per mma")
+_CODE = (
+    "regs",
+    "spills",
+    "shared KiB",
+    "occupancy",
+    "matrix",
+    "weights: loads x bytes",
+    "in flight",
+    "per matrix op",
+    "per mma",
+)
 _SMALL = ("finish_kernel", "merge_kernel", "quantize_kernel")
 
 

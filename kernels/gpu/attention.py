@@ -125,7 +125,9 @@ def paged_kernel(
     mine = token < tl.minimum(count - first_token, TOKENS)
     d = tl.arange(0, D)
     q += (begin + first_token).to(tl.int64) * q_token + head * GROUP * q_head
-    tile_q = tl.load(q + (token * q_token + member * q_head)[:, None] + d[None, :], mask=mine[:, None], other=0.0)
+    tile_q = tl.load(
+        q + (token * q_token + member * q_head)[:, None] + d[None, :], mask=mine[:, None], other=0.0
+    )
     # Row r sees the context up to its own token; rows of no token see what the first one does, and are not stored.
     visible = context - count + first_token + 1 + tl.where(mine, token, 0)
     seen_by_all = context - count + first_token + 1

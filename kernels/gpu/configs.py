@@ -193,8 +193,8 @@ PAGED_QUANTISED: Mapping[int, tuple[AttentionTile, AttentionTile]] = {
     **dict.fromkeys(_MMA, (AttentionTile(16, 64, 4, 3), AttentionTile(128, 32, 4, 3))),
     **dict.fromkeys(_WGMMA, (AttentionTile(16, 64, 4, 3), AttentionTile(128, 64, 8, 3))),
 }
-"""The same over int8 and fp8, whose conversion takes registers. With mma every warp converts all keys for its own rows: four warps
-of 32 rows convert half of what eight of 16 do."""
+"""The same over int8 and fp8, whose conversion takes registers. With mma every warp converts all keys for its own rows: four
+warps of 32 rows convert half of what eight of 16 do."""
 
 VARLEN: Mapping[int, tuple[AttentionTile, AttentionTile]] = {
     0: (AttentionTile(64, 64, 4, 1), AttentionTile(64, 64, 4, 1)),
