@@ -467,8 +467,8 @@ memory. gfx942 has sm_80's tiles with fewer stages, and none chosen for it: it i
 
 _COMPARISON = """A matrix product and a dense fused attention in plain textbook form (`bench/tutorial_kernels.py`), compiled in
 the same run. The project's own do more: packed rows, scales, bias and residual, a ragged batch over a block table; and 64 + 16
-columns of head_dim 80, which the textbook's cannot do (it stands here with 128; padded to that it would do 1.6 times the products,
-so that of its instructions 1.6 times as many fall on the work of one `mma` that counts)."""
+columns of head_dim 80, which the textbook's cannot do (it stands here with 128; padded to that it would do 1.6 times the
+products, so that of its instructions 1.6 times as many fall on the work of one `mma` that counts)."""
 
 
 def main() -> None:

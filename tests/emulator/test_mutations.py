@@ -76,6 +76,7 @@ ATTENTION = {
     "a token sees the next": ("key[None, :] < visible[:, None]", "key[None, :] <= visible[:, None]"),
     "a token does not see itself": ("- count + first_token + 1 + tl", "- count + first_token + tl"),
     "masked one tile late": ("// TILE_N * TILE_N)\n\n", "// TILE_N * TILE_N + TILE_N)\n\n"),
+    "a tile takes the blocks of the one before": ("block = tl.load(table + column, mask=key", "_ = tl.load(table + column, mask=key"),
     "the old sums not rescaled": (
         "acc * rescale[:, None], input_precision=PRECISION)\n    return", "acc, input_precision=PRECISION)\n    return",
     ),
@@ -100,6 +101,11 @@ def test_wrong_attention_over_integers(mutated: Mutate) -> None:
         check_attention(
             mutated(attention, "score *= tl.load(k_scale", "score += 0 * tl.load(k_scale"), torch.int8
         )
+
+
+def test_blocks_looked_up_beyond_the_context(mutated: Mutate) -> None:
+    with pytest.raises(Caught):
+        check_attention(mutated(attention, "mask=key + TILE_N < last", "mask=key < last"), columns=0)
 
 
 def check_segments(module: ModuleType) -> None:
