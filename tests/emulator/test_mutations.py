@@ -76,7 +76,9 @@ ATTENTION = {
     "a token sees the next": ("key[None, :] < visible[:, None]", "key[None, :] <= visible[:, None]"),
     "a token does not see itself": ("- count + first_token + 1 + tl", "- count + first_token + tl"),
     "masked one tile late": ("// TILE_N * TILE_N)\n\n", "// TILE_N * TILE_N + TILE_N)\n\n"),
-    "a tile takes the blocks of the one before": ("block = tl.load(table + column, mask=key", "_ = tl.load(table + column, mask=key"),
+    "a tile takes the blocks of the one before": (
+        "block = tl.load(table + column, mask=key", "_ = tl.load(table + column, mask=key",
+    ),
     "the old sums not rescaled": (
         "acc * rescale[:, None], input_precision=PRECISION)\n    return", "acc, input_precision=PRECISION)\n    return",
     ),
