@@ -112,19 +112,20 @@ _BYTE_GATED = _tiles((16, 64, 128, 4, 4), (32, 64, 128, 4, 3), (64, 64, 128, 4, 
 # With one product in the loop, Triton keeps the next one's operands in registers from step to step on sm_80 and sm_89, and packs
 # and unpacks their bytes every time: eight instructions for one of the tensor cores. With two it does not.
 _TWO_BYTE = tuple(replace(tile, parts=2) for tile in _BYTE)
-_INT4 = _tiles((16, 64, 64, 4, 4), (32, 64, 64, 4, 4), (64, 64, 64, 8, 3), (64, 128, 64, 8, 3))
+# The int4 product has its features as the tensor cores' rows, 16 a warp: with more warps than that, two would compute the same.
+_INT4 = _tiles((16, 64, 64, 4, 4), (32, 64, 64, 4, 4), (64, 64, 64, 4, 3), (64, 128, 64, 8, 3))
 _INT4_GATED = _tiles((16, 64, 64, 4, 4), (32, 64, 64, 4, 4), (64, 32, 64, 4, 4))
 # Of 64 features or more and four warps, wgmma: it waits for the conversion of every group, and Triton copies such weights 8 bytes
 # at a time. Few rows are bound by memory, and mma does them.
 _HOPPER_INT4 = _tiles(
     (16, 64, 64, 2, 4),
-    (32, 32, 64, 4, 4),
+    (32, 32, 64, 2, 4),
     (64, 32, 64, 4, 4),
-    (64, 64, 64, 8, 3),
+    (64, 64, 64, 4, 3),
     (64, 128, 64, 8, 3),
     (128, 128, 64, 8, 3),
 )
-_HOPPER_INT4_GATED = _tiles((16, 32, 64, 4, 4), (32, 32, 64, 4, 4), (64, 32, 64, 4, 4), (64, 128, 64, 8, 3))
+_HOPPER_INT4_GATED = _tiles((16, 32, 64, 2, 4), (32, 32, 64, 2, 4), (64, 32, 64, 4, 4), (64, 128, 64, 8, 3))
 # Descriptors where memory does not bound the product and the code is shorter with them: a pair of 128 x 64 in bfloat16 has 12.6
 # other instructions for each wgmma with pointers, and 14.4 with descriptors.
 _HOPPER_PLAIN = (

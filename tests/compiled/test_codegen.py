@@ -122,12 +122,20 @@ def test_the_gate_closes_on_a_pipeline_that_waits_at_once() -> None:
     assert not codegen.faults(replace(row.figures, in_flight=0, stages=2), target, case)
 
 
-@pytest.mark.parametrize("name", ["gate_up plain", "down int4", "prefill", "vision images"])
-def test_on_sm_80_a_bfloat16_product_is_one_mma_for_each_2048_multiply_adds(name: str) -> None:
-    """What a tile is taken to multiply is what its inner loop does."""
-    case = next(case for case in GATE if case.name.startswith(name))
-    rows = codegen.run(case, TARGETS["sm_80"], _built.setdefault("sm_80", {}))
+@pytest.mark.parametrize(
+    ("name", "target"),
+    [
+        ("gate_up plain M=4096", "sm_80"), ("down int4 M=16", "sm_80"), ("down int4 M=64", "sm_80"),
+        ("gate_up int4 M=64", "sm_80"), ("down int4 M=32", "sm_90"), ("gate_up int4 M=32", "sm_90"),
+        ("prefill bf16 1 x 4096", "sm_80"), ("vision images", "sm_80"),
+    ],
+)  # fmt: skip
+def test_there_is_one_mma_for_each_2048_multiply_adds(name: str, target: str) -> None:
+    """No two warps compute the same; and what a tile is taken to multiply is what its inner loop does."""
+    case = next(case for case in codegen.cases() if case.name == name)
+    rows = codegen.run(case, TARGETS[target], _built.setdefault(target, {}))
     (figures,) = (row.figures for row in rows if row.figures.per_mma)
+    assert figures.matrix == "mma"
     assert figures.per_mma == pytest.approx(figures.per_matrix)
 
 
