@@ -21,6 +21,7 @@ __all__ = [
     "Card",
     "MatmulTile",
     "card_of",
+    "fit",
     "matmul",
     "paged",
     "plain_rows",
@@ -199,11 +200,13 @@ warps of 32 rows convert half of what eight of 16 do."""
 
 VARLEN: Mapping[int, tuple[AttentionTile, AttentionTile]] = {
     0: (AttentionTile(64, 64, 4, 1), AttentionTile(64, 64, 4, 1)),
-    **dict.fromkeys(_MMA, (AttentionTile(64, 64, 4, 3), AttentionTile(64, 64, 4, 3))),
+    80: (AttentionTile(64, 64, 4, 3), AttentionTile(64, 64, 4, 3)),
+    89: (AttentionTile(64, 64, 4, 2), AttentionTile(64, 64, 4, 2)),
     **dict.fromkeys(_WGMMA, (AttentionTile(64, 64, 4, 3), AttentionTile(128, 128, 8, 3))),
     AMD: (AttentionTile(64, 64, 4, 2), AttentionTile(64, 64, 4, 2)),
 }
-"""By architecture: windows (segments of 64 rows or fewer on average), and whole images."""
+"""By architecture: windows (segments of 64 rows or fewer on average), and whole images. The shared memory of 89 has room for one
+program of three stages and for two of two."""
 
 WIDE_ROWS: Mapping[int, int] = {0: 64, 80: 48, 89: 128, 90: 80, 100: 80, AMD: 64}
 """By architecture: rows of x from which on a layer that is packed twice, int4 and int8, takes int8. Modelled: int8 moves
@@ -266,6 +269,13 @@ def paged(card: Card, *, decoding: bool, quantised: bool = False) -> AttentionTi
 def varlen(card: Card, rows: int, segments: int) -> AttentionTile:
     """The tile of attention over `segments` with `rows` in all."""
     return VARLEN[card.arch][0 if rows <= 64 * segments else 1]
+
+
+def fit(card: Card, tile: AttentionTile, row_bytes: int) -> AttentionTile:
+    """`tile` for heads of `row_bytes`: above 256 (float32 of 128, head_dim 256) one that every card's shared memory holds."""
+    if row_bytes <= 256 or not card.arch:
+        return tile
+    return AttentionTile(min(tile.rows, 64), 32, 4, 2)
 
 
 def splits_for(card: Card, programs: int, longest: int, keys: int) -> int:

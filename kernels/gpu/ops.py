@@ -179,6 +179,7 @@ def _paged_attention(
 ) -> Tensor:
     card = configs.card_of(q.device)
     tile = tuned.paged(card, decoding=len(q) == len(context_lens), quantised=k_scale is not None)
+    tile = configs.fit(card, tile, q.shape[2] * q.element_size())
     kv_heads, block_size = k_cache.shape[1:3]
     programs = (len(q) * (q.shape[1] // kv_heads) // tile.rows + len(context_lens)) * kv_heads
     splits = configs.splits_for(card, programs, block_tables.shape[1] * block_size, tile.keys)
@@ -189,7 +190,8 @@ def _paged_attention(
 
 
 def _varlen_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float) -> Tensor:
-    tile = tuned.varlen(configs.card_of(q.device), len(q), len(cu_seqlens) - 1)
+    card = configs.card_of(q.device)
+    tile = configs.fit(card, tuned.varlen(card, len(q), len(cu_seqlens) - 1), q.shape[2] * q.element_size())
     return attention.varlen_attention(q, k, v, cu_seqlens, scale, tile=tile)
 
 

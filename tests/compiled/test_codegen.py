@@ -25,7 +25,7 @@ from machine_code import (
 )
 from torch import Tensor
 
-from pagemill.kernels.gpu import configs, linear
+from pagemill.kernels.gpu import configs, linear, ops
 from pagemill.kernels.gpu.configs import MatmulTile
 
 CUDA = [target for target in TARGETS.values() if target.is_cuda]
@@ -137,6 +137,19 @@ def test_there_is_one_mma_for_each_2048_multiply_adds(name: str, target: str) ->
     (figures,) = (row.figures for row in rows if row.figures.per_mma)
     assert figures.matrix == "mma"
     assert figures.per_mma == pytest.approx(figures.per_matrix)
+
+
+def test_wide_heads_fit_the_smallest_shared_memory() -> None:
+    """Of 512 bytes; no card's table is made for them."""
+
+    def call() -> Tensor:
+        q = codegen._empty(4096, 8, 256)
+        cache = codegen._empty(256, 2, 16, 256)
+        starts, tables = (codegen._empty(*shape, dtype=torch.int32) for shape in ((2,), (1, 256)))
+        return ops._paged_attention(q, cache, cache, tables, starts, starts[:1], 1.0)
+
+    found = [fault for target in CUDA for fault in faults(product(call), target)]
+    assert not [fault for fault in found if "shared memory" in fault]
 
 
 SASS = """
