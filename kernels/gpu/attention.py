@@ -102,7 +102,7 @@ def _paged_tiles(
     return acc, maximum, total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_seqs", "num_tokens", "table_row"])
 def paged_kernel(
     q, k_cache, v_cache, k_scale, v_scale, out, partial, partial_lse, block_tables, query_start, context_lens,
     scale, num_seqs, num_tokens, q_token, q_head, out_token, table_row,
@@ -166,7 +166,7 @@ def paged_kernel(
         tl.store(out + at[:, None] + d[None, :], acc.to(out.dtype.element_ty), mask=mine[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "num_splits"])
 def merge_kernel(
     partial, partial_lse, out, num_rows, num_splits, D: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
@@ -220,7 +220,7 @@ def _packed_tiles(
     return acc_main, acc_tail, maximum, total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_segments"])
 def varlen_kernel(
     q, k, v, out, cu_seqlens, scale, num_segments, q_row, q_head, k_row, k_head, v_row, v_head, out_row,
     D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr,
