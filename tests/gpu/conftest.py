@@ -33,10 +33,12 @@ KEPT = [
 
 @pytest.fixture(autouse=True)
 def _tensors() -> Iterator[None]:
-    """What a test makes lies on its device."""
+    """What a test makes lies on its device. Uninitialised tensors, results among them, hold NaN, or the largest integer."""
     torch.manual_seed(0)
+    torch.use_deterministic_algorithms(True, warn_only=ON_GPU)  # on a GPU, cumsum for one would be refused
     with DEVICE if ON_GPU else nullcontext():
         yield
+    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture
