@@ -61,6 +61,27 @@ def test_scale_is_above_zero(scale: float) -> None:
         varlen_attention(batch.q, batch.q, batch.q, batch.starts, scale, tile=Tile(16, 16, 4, 2))
 
 
+@pytest.mark.parametrize("kept", [None, KEPT[0]])
+def test_decoding_at_the_end_of_a_long_context(kept: torch.dtype | None) -> None:
+    """32,768 tokens in as many ranges as there may be, beside a sequence most of whose ranges hold nothing."""
+    batch = Batch([32_768, 300], [1, 1], 4, 1, 16, 128, torch.float32)
+    if kept is not None:
+        batch.quantize(kept)
+    found = batch.attend(1.0, Tile(16, 256, 4, 2), 32)
+    wanted = batch.expected(1.0)
+    for sequence in range(2):
+        assert error(found[sequence], wanted[sequence]) < bound(torch.float32)
+
+
+def test_a_prefill_chunk_at_the_end_of_a_long_context() -> None:
+    """Beside the beginning of another; the last keys stand in the middle of a block and of a tile."""
+    batch = Batch([32_700, 70], [50, 70], 2, 1, 16, 128, torch.float32)
+    found = batch.attend(1.0, Tile(128, 256, 8, 2), 1)
+    wanted = batch.expected(1.0)
+    for rows in (slice(0, 50), slice(50, 120)):
+        assert error(found[rows], wanted[rows]) < bound(torch.float32)
+
+
 def test_paged_without_rows() -> None:
     batch = Batch(CONTEXTS, COUNTS, 2, 1, 16, 16, torch.float32)
     empty = torch.zeros(2, dtype=torch.int32)
