@@ -6,6 +6,7 @@ from unittest import mock
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -68,10 +69,13 @@ def test_int8(m: int, n: int, k: int, splits: int, dtype: torch.dtype, gated: bo
     ) < bound(dtype)
 
 
-@pytest.mark.parametrize("group", [32, 128])
 @pytest.mark.parametrize("gated", [False, True])
-@pytest.mark.parametrize(("m", "n", "k", "splits"), SHAPES)
-def test_int4(m: int, n: int, k: int, splits: int, dtype: torch.dtype, gated: bool, group: int) -> None:
+@pytest.mark.parametrize(
+    ("m", "n", "k", "splits", "group"),
+    [(*shape, group) for shape in SHAPES for group in (32, 128)]
+    + [(5, 70, 100, 1, 64), (17, 33, 855, 4, 64), (1, 64, 128, 1, 64)],
+)
+def test_int4(m: int, n: int, k: int, splits: int, group: int, dtype: torch.dtype, gated: bool) -> None:
     x, _, bias, residual = inputs(m, n, k, dtype, gated, True)
     rows, groups = 2 * n if gated else n, -(-k // group)
     q = torch.randint(0, 16, (rows, k), dtype=torch.uint8)
@@ -130,6 +134,71 @@ def test_every_tile_of_the_table(form: str, gated: bool) -> None:
         check(form, m, n, k, gated, torch.bfloat16, shape)
 
 
+SIZES = torch.tensor([1e4, 1e-4, 0.0, 1.0])
+"""Of rows of x and of W that stand beside each other."""
+
+
+def spread(rows: int, columns: int) -> Tensor:
+    """`[rows, columns]` of rows of these sizes, too far apart for float16."""
+    return torch.randn(rows, columns) * SIZES.repeat(-(-rows // len(SIZES)))[:rows, None]
+
+
+def assert_each(
+    found: Tensor, x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, gated: bool, tolerance: float
+) -> None:
+    """Every element alone: within `tolerance` of the size of what is added up for it, which no larger row beside it hides."""
+    wanted = product(x, weight, bias, residual, gated)
+    sums, sizes = (
+        product(a, w, b, None, False) for a, w, b in ((x, weight, bias), (x.abs(), weight.abs(), bias.abs()))
+    )
+    if gated:  # silu changes by at most 1.1 times what its argument does
+        gate, up = sums.chunk(2, 1)
+        gate_size, up_size = sizes.chunk(2, 1)
+        sizes = 1.1 * gate_size * up.abs() + (F.silu(gate).abs() + tolerance * gate_size) * up_size
+    off = (found.double() - wanted).abs() / (sizes + residual.abs().double() + 1e-30)
+    assert off.max() < tolerance  # a NaN is below nothing
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("splits", [1, 3])
+def test_rows_of_very_different_sizes(form: str, splits: int, gated: bool) -> None:
+    """Rows of x and of W of 1e4, 1e-4 and zeros beside each other; a row of zeros gives the bias, exactly."""
+    m, n, k = 6, 35, 100
+    x, weight = spread(m, k), spread(n * (1 + gated), k)
+    bias, residual = torch.randn(len(weight)), torch.randn(m, n)
+    if form == "plain":
+        packed, exact = pack_plain(weight, bias, gated=gated), (x, weight)
+    else:
+        kind = torch.int8 if form == "int8" else torch.float8_e4m3fn
+        rows, codes = quantize(x, kind), quantize(weight, kind)
+        packed = pack_scaled(codes[0][:, :k], codes[1], bias, gated=gated)
+        exact = tuple((q.double() * scale.double()[:, None])[:, :k] for q, scale in (rows, codes))
+        assert not exact[0][2].any()
+    found = linear(x, packed, tile=tile(m, splits), residual=residual)
+    assert_each(found, *exact, bias, residual, gated, bound(torch.float32))
+    if not gated:
+        assert torch.equal(found[2], bias + residual[2])
+        assert torch.equal(found[:, 2], bias[2] + residual[:, 2])
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("group", [32, 64, 128])
+def test_int4_groups_of_very_different_scales(group: int, gated: bool) -> None:
+    """1e4, 1e-4, 0 and 1 in one row of W and in one column of groups, and inputs for which the small ones count, too."""
+    m, n, k = 6, 35, 4 * group - 8
+    rows, of_column = n * (1 + gated), torch.arange(k) // group
+    scales = SIZES[(torch.arange(rows)[:, None] // 3 + torch.arange(4)) % 4]
+    scales[::3, 1:], scales[1::3] = scales[::3, :1], 0.0  # rows of one scale, and rows of zeros
+    q = torch.randint(0, 16, (rows, k), dtype=torch.uint8)
+    zeros = torch.randint(0, 16, (rows, 4), dtype=torch.uint8)
+    weight = (q.double() - zeros.double()[:, of_column]) * scales.double()[:, of_column]
+    x = spread(m, k) * torch.tensor([1e-4, 1e4, 1.0, 1e-3])[of_column]
+    bias, residual = torch.randn(rows), torch.randn(m, n)
+    found = linear(x, pack_int4(q, scales, zeros, bias, gated=gated), tile=tile(m, 2), residual=residual)
+    assert_each(found, x, weight, bias, residual, gated, bound(torch.float32))
+
+
 @pytest.mark.parametrize("odd", ["address", "row", "repeated"])
 def test_rows_that_a_descriptor_cannot_have_are_read_by_pointers(odd: str) -> None:
     x = torch.randn(6, 104)
@@ -171,6 +240,20 @@ def test_quantize() -> None:
     assert not codes[2].any()
     torch.testing.assert_close(scale[:2], x[:2].abs().amax(1) / 127)
     torch.testing.assert_close(codes[:2, :70].float(), (x[:2] / scale[:2, None]).round())
+
+
+@needs_fp8
+def test_rows_of_fp8_of_other_sizes() -> None:
+    """A row of zeros has codes of zero and a scale that is none."""
+    x = torch.randn(4, 70) * torch.tensor([[1.0], [1e-6], [0.0], [1e4]])
+    codes, scale = quantize(x, torch.float8_e4m3fn)
+    assert not codes[2].float().any()
+    assert 0 < scale[2] < 1e-20
+    assert not codes[:, 70:].float().any()
+    whole = codes[:, :70].double() * scale.double()[:, None]
+    step = (codes[:, :70].double().abs() / 16).clamp_min(2.0**-10) * scale.double()[:, None]
+    assert ((whole - x.double()).abs() <= 1.001 * step).all()
+    torch.testing.assert_close(scale[[0, 1, 3]], x[[0, 1, 3]].abs().amax(1) / 448)
 
 
 @needs_fp8

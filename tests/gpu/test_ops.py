@@ -64,6 +64,23 @@ def test_linear(triton: Kernels, reference: Kernels, rows: int, scheme: Scheme, 
     assert off(triton.linear_swiglu(x, ours), reference.linear_swiglu(x, theirs)) < bound
 
 
+@pytest.mark.parametrize("scheme", ["plain", "int8", "int4"])
+def test_rows_of_zeros(triton: Kernels, scheme: Scheme) -> None:
+    """Of x and of W, whose scales they leave without a size: the bias, exactly; also behind a norm."""
+    x, weight, bias = torch.randn(20, 100), torch.randn(90, 100), torch.randn(90)
+    x[7], weight[3], weight[50], weight[8, 32:64] = 0, 0, 0, 0
+    packed = triton.pack_linear(weight, bias, scheme=scheme, group=32)
+    pair = triton.pack_swiglu(*weight.chunk(2), bias, scheme=scheme, group=32)
+    gated = torch.nn.functional.silu(bias[:45].double()) * bias[45:].double()
+    for norm in (None, (torch.randn(100), 1e-6)):
+        found = triton.linear(x, packed, norm=norm)
+        assert found.isfinite().all()
+        assert torch.equal(found[7], bias)
+        assert torch.equal(found[:, [3, 50]], bias[[3, 50]].expand(20, 2))
+        assert (found[:, 8] != bias[8]).sum() == 19
+        assert off(triton.linear_swiglu(x, pair, norm=norm)[7], gated.float()) < 1e-6
+
+
 @pytest.mark.parametrize("gated", [False, True])
 def test_int4_of_very_many_rows(triton: Kernels, gated: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """In float32 a plain weight gives what groups give, but for the order of sums; an int8 twin goes before it."""
