@@ -78,13 +78,19 @@ def matmul_candidates(card: Card, product: Product, rows: int) -> list[MatmulTil
     return list(dict.fromkeys(found))
 
 
+def _paged_kind(kind: str) -> tuple[str, bool]:
+    """A kind of `ATTENTION` without its suffix, and whether it had one."""
+    return kind.removesuffix("_quantised"), kind.endswith("_quantised")
+
+
 def attention_candidates(card: Card, kind: str) -> list[AttentionTile]:
     """Tiles to try, the table's choice first."""
-    if kind in ("decode", "prefill"):
-        chosen = configs.paged(card, decoding=kind == "decode")
+    paged, quantised = _paged_kind(kind)
+    if paged in _PAGED:
+        chosen = configs.paged(card, decoding=paged == "decode", quantised=quantised)
     else:
         chosen = configs.VARLEN[card.arch][kind == "images"]
-    rows = (16, 32) if kind == "decode" else (64, 128)
+    rows = (16, 32) if paged == "decode" else (64, 128)
     tiles = (
         AttentionTile(r, keys, warps, stages)
         for r in rows for keys in (32, 64, 128) for warps in (4, 8) for stages in (2, 3, 4)
@@ -186,9 +192,11 @@ class Bench:
         return self._seconds(lambda: linear.unpack_int4(packed, torch.bfloat16))
 
     def attention(self, kind: str, tile: AttentionTile) -> float:
-        """Seconds of attention in bfloat16 over contexts, chunks and images of pages; inf where the tile does not fit."""
-        if kind in ("decode", "prefill"):
-            return self._paged(tile, *_PAGED[kind])
+        """Seconds of attention in bfloat16 over contexts, chunks and images of pages; inf where the tile does not fit. Quantised
+        is int8, which stands for fp8 as in the table."""
+        paged, quantised = _paged_kind(kind)
+        if paged in _PAGED:
+            return self._paged(tile, *_PAGED[paged], quantised)
         lengths = _SEGMENTS[kind]
         shape = sum(lengths), self.heads.vision_heads, self.heads.vision_head_dim
         q, k, v = (self._normal(*shape) for _ in range(3))
@@ -197,13 +205,22 @@ class Bench:
             lambda: attention.varlen_attention(q, k, v, offsets, shape[2] ** -0.5, tile=tile)
         )
 
-    def _paged(self, tile: AttentionTile, sequences: int, tokens: int, context: int) -> float:
+    def _paged(
+        self, tile: AttentionTile, sequences: int, tokens: int, context: int, quantised: bool
+    ) -> float:
         h = self.heads
         if tile.rows < h.num_heads // h.num_kv_heads:
             return inf
         blocks = -(-context // h.block_size)
         shape = sequences * blocks, h.num_kv_heads, h.block_size, h.head_dim
-        keys, values = self._normal(*shape), self._normal(*shape)
+        scales = {}
+        if quantised:
+            keys, values = (self._codes(*shape) for _ in range(2))
+            scales = {
+                name: torch.full(shape[:3], 1 / 64, device=self.device) for name in ("k_scale", "v_scale")
+            }
+        else:
+            keys, values = self._normal(*shape), self._normal(*shape)
         q = self._normal(sequences * tokens, h.num_heads, h.head_dim)
         order = torch.randperm(shape[0], device=self.device).to(torch.int32)
         starts = torch.arange(sequences + 1, device=self.device, dtype=torch.int32) * tokens
@@ -213,12 +230,16 @@ class Bench:
         splits = configs.splits_for(card, programs, context, tile.keys)
         return self._seconds(
             lambda: attention.paged_attention(
-                q, keys, values, order.view(sequences, blocks), starts, lens, h.head_dim**-0.5, tile=tile, num_splits=splits
+                q, keys, values, order.view(sequences, blocks), starts, lens, h.head_dim**-0.5, tile=tile, num_splits=splits,
+                **scales,
             )
         )  # fmt: skip
 
     def _normal(self, *shape: int) -> Tensor:
         return torch.randn(shape, dtype=torch.bfloat16, device=self.device)
+
+    def _codes(self, *shape: int) -> Tensor:
+        return torch.randint(-127, 128, shape, dtype=torch.int8, device=self.device)
 
     def _packed(self, product: Product) -> PackedLinear:
         rows, k = product.features * (1 + product.gated), product.inputs
@@ -232,7 +253,7 @@ class Bench:
             )
             scales = torch.rand(rows, groups, device=self.device)
             return linear.pack_int4(q, scales, zeros, gated=product.gated)
-        codes = torch.randint(-127, 128, (rows, k), dtype=torch.int8, device=self.device)
+        codes = self._codes(rows, k)
         if product.form == "fp8":
             codes = codes.float().to(torch.float8_e4m3fn)
         return linear.pack_scaled(codes, torch.rand(rows, device=self.device), gated=product.gated)

@@ -37,8 +37,8 @@ __all__ = [
     "wide_rows",
 ]
 
-ATTENTION = ("decode", "prefill", "windows", "images")
-"""Kinds of attention that have a tile of their own."""
+ATTENTION = ("decode", "prefill", "decode_quantised", "prefill_quantised", "windows", "images")
+"""Kinds of attention that have a tile of their own; quantised: over keys and values in int8 or fp8."""
 
 _LARGEST = 1 << 22  # bytes of a file
 _KERNELS = ("attention.py", "linear.py")
@@ -81,9 +81,10 @@ def matmul(card: Card, form: str, gated: bool, m: int, n: int, k: int) -> Matmul
 
 
 def paged(card: Card, *, decoding: bool, quantised: bool = False) -> AttentionTile:
-    """`configs.paged`, or what was fastest over bfloat16."""
-    found = None if quantised else _measured(card)
-    tile = found.attention.get("decode" if decoding else "prefill") if found else None
+    """`configs.paged`, or what was fastest: over bfloat16, and over int8."""
+    found = _measured(card)
+    kind = ("decode" if decoding else "prefill") + ("_quantised" if quantised else "")
+    tile = found.attention.get(kind) if found else None
     return tile or configs.paged(card, decoding=decoding, quantised=quantised)
 
 

@@ -24,6 +24,14 @@ def test_what_is_timed_are_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton.testing, "do_bench", clock)
     monkeypatch.setattr(tuning, "_PAGED", {"decode": (3, 1, 40), "prefill": (2, 17, 33)})
     monkeypatch.setattr(tuning, "_SEGMENTS", {"windows": [16, 16], "images": [33]})
+    kept: list[torch.dtype] = []
+    paged_attention = tuning.attention.paged_attention
+
+    def paged(q, keys, values, *rest, **how) -> torch.Tensor:
+        kept.append(keys.dtype)
+        return paged_attention(q, keys, values, *rest, **how)
+
+    monkeypatch.setattr(tuning.attention, "paged_attention", paged)
     bench = Bench(torch.device("cpu"), Heads(4, 2, 32, 2, 16))
     tile = MatmulTile(16, 32, 32, 2, 4, 2)
     with emulated():
@@ -34,9 +42,13 @@ def test_what_is_timed_are_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
             assert runs.pop().shape == (3, 40)
         assert bench.unpack(Product("int4", False, 40, 96)) == 0.002
         assert runs.pop().weight.shape == (40, 128)
-        for kind, shape in zip(ATTENTION, [(3, 4, 32), (34, 4, 32), (32, 2, 16), (33, 2, 16)], strict=True):
+        shapes = [(3, 4, 32), (34, 4, 32)] * 2 + [(32, 2, 16), (33, 2, 16)]
+        for kind, shape in zip(ATTENTION, shapes, strict=True):
             assert bench.attention(kind, AttentionTile(16, 32, 4, 2)) == 0.002
-            assert runs.pop().shape == shape
+            found = runs.pop()
+            assert found.shape == shape
+            assert found.isfinite().all()
+        assert kept == [torch.bfloat16] * 4 + [torch.int8] * 4  # each once to be compiled
         assert (
             Bench(torch.device("cpu"), Heads(34, 2, 32, 2, 16)).attention(
                 "decode", AttentionTile(16, 32, 4, 2)

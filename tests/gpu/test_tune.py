@@ -21,6 +21,7 @@ from pagemill.kernels.gpu.tuned import ATTENTION, Product, Tuned, load, path_of,
 CARD = Card("Card 1 (80 GB)", 80, 108)
 PLAIN, PAIR = Product("plain", False, 2048, 2048), Product("int4", True, 11008, 2048)
 TILE, KEYS = MatmulTile(32, 64, 64, 2, 4, 3), AttentionTile(16, 128, 4, 2)
+CODES = AttentionTile(64, 32, 8, 2)
 
 
 @pytest.fixture(autouse=True)
@@ -54,6 +55,19 @@ def test_candidates(product: Product) -> None:
         assert len(set(attention_candidates(CARD, kind))) == len(attention_candidates(CARD, kind)) > 5
 
 
+@pytest.mark.parametrize("arch", [80, 90])
+def test_the_table_stands_first_for_every_kind_of_attention(arch: int) -> None:
+    card = Card("", arch, 100)
+    paged = [
+        configs.paged(card, decoding=decoding, quantised=quantised)
+        for quantised in (False, True)
+        for decoding in (True, False)
+    ]
+    assert len(set(paged)) > 2  # quantised or not is not the same
+    wanted = [*paged, *configs.VARLEN[arch]]
+    assert [attention_candidates(card, kind)[0] for kind in ATTENTION] == wanted
+
+
 @pytest.mark.parametrize(
     ("arch", "form", "rows", "loads"),
     [
@@ -83,7 +97,7 @@ def test_the_fastest_is_taken_and_the_table_where_it_is_close() -> None:
 
     said: list[str] = []
     found = tune(
-        CARD, [PLAIN, PLAIN], seconds, lambda kind, tile: tile.keys + tile.stages, never, said.append
+        CARD, [PLAIN, PLAIN], seconds, lambda kind, tile: tile.keys * tile.stages, never, said.append
     )
     chosen = dict(found.matmul[PLAIN])
     assert chosen[8] == wanted
@@ -124,9 +138,8 @@ def test_what_was_measured_goes_before_the_table() -> None:
     assert tuned.matmul(CARD, "plain", False, 8, 2048, 2048) == table(PLAIN, 8)
     load.cache_clear()
     other = replace(TILE, stages=2)
-    path = save(
-        CARD.name, Tuned({PLAIN: ((16, TILE), (64, other))}, {"decode": KEYS, "images": KEYS}, 96, 700)
-    )
+    attention = {"decode": KEYS, "images": KEYS, "prefill_quantised": CODES}
+    path = save(CARD.name, Tuned({PLAIN: ((16, TILE), (64, other))}, attention, 96, 700))
     assert path == path_of(CARD.name)
     assert [tuned.matmul(CARD, "plain", False, m, 2048, 2048) for m in (1, 16, 17, 9999)] == [
         TILE,
@@ -139,6 +152,8 @@ def test_what_was_measured_goes_before_the_table() -> None:
     )
     assert tuned.paged(CARD, decoding=True) == tuned.varlen(CARD, 4096, 1) == KEYS
     assert tuned.paged(CARD, decoding=False) == configs.paged(CARD, decoding=False)
+    for decoding, tile in ((True, configs.paged(CARD, decoding=True, quantised=True)), (False, CODES)):
+        assert tuned.paged(CARD, decoding=decoding, quantised=True) == tile
     assert tuned.varlen(CARD, 64, 1) == configs.varlen(CARD, 64, 1)
     assert (tuned.wide_rows(CARD), tuned.plain_rows(CARD)) == (96, 700)
     another = replace(CARD, name="Card 2")
