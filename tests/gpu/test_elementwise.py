@@ -11,10 +11,13 @@ from pagemill.kernels.attention import QUANTISED_KV
 from pagemill.kernels.gpu import activation, embed, norm, rotary, sampling
 from tests.gpu.conftest import KEPT, bound, error
 
-SIZES = torch.tensor([1.0, 1e4, 1e-4, 0.0, 1e-2])
-"""Of rows beside each other; of small ones, eps decides."""
 CACHES = [(4, 2, 32, 16), (7, 1, 128, 4), (2, 2, 16, 1)]
 """Heads, kv heads, head_dim and block size."""
+
+
+def spread(m: int, h: int) -> Tensor:
+    """Rows of different sizes beside each other; of small ones, eps decides."""
+    return torch.randn(m, h) * torch.tensor([1.0, 1e4, 1e-4, 0.0, 1e-2])[:m, None]
 
 
 def normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -38,7 +41,7 @@ def half_a_step(codes: Tensor) -> Tensor:
 @pytest.mark.parametrize(("m", "h"), [(1, 1), (5, 100), (3, 256), (0, 8)])
 def test_norms(m: int, h: int, dtype: torch.dtype) -> None:
     rows = torch.full((m, 2, h), torch.nan, dtype=dtype)
-    x, weight = rows[:, 0].copy_(torch.randn(m, h) * SIZES[:m, None]), torch.randn(h).to(dtype)
+    x, weight = rows[:, 0].copy_(spread(m, h)), torch.randn(h).to(dtype)
     found, wanted = norm.rms_norm(x, weight, 1e-6), normed(x, weight, 1e-6)
     assert (found.shape, found.dtype) == ((m, h), dtype)
     for row in range(m):
@@ -48,7 +51,7 @@ def test_norms(m: int, h: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("kept", KEPT)
 @pytest.mark.parametrize(("m", "h"), [(1, 1), (5, 100), (3, 256), (0, 8)])
 def test_quantised_norms(m: int, h: int, kept: torch.dtype, dtype: torch.dtype) -> None:
-    x, weight = torch.randn(m, h).mul(SIZES[:m, None]).to(dtype), torch.randn(h).to(dtype)
+    x, weight = spread(m, h).to(dtype), torch.randn(h).to(dtype)
     codes, scale = norm.rms_norm_quantized(x, weight, 1e-6, kept)
     wanted, whole, step = normed(x, weight, 1e-6), codes[:, :h].double(), scale.double()[:, None]
     assert (codes.shape, scale.shape) == ((m, -(-h // 64) * 64), (m,))

@@ -134,13 +134,13 @@ def test_every_tile_of_the_table(form: str, gated: bool) -> None:
         check(form, m, n, k, gated, torch.bfloat16, shape)
 
 
-SIZES = torch.tensor([1e4, 1e-4, 0.0, 1.0])
+SIZES = [1e4, 1e-4, 0.0, 1.0]
 """Of rows of x and of W that stand beside each other."""
 
 
 def spread(rows: int, columns: int) -> Tensor:
     """`[rows, columns]` of rows of these sizes, too far apart for float16."""
-    return torch.randn(rows, columns) * SIZES.repeat(-(-rows // len(SIZES)))[:rows, None]
+    return torch.randn(rows, columns) * torch.tensor(SIZES)[torch.arange(rows) % 4, None]
 
 
 def assert_each(
@@ -188,7 +188,7 @@ def test_int4_groups_of_very_different_scales(group: int, gated: bool) -> None:
     """1e4, 1e-4, 0 and 1 in one row of W and in one column of groups, and inputs for which the small ones count, too."""
     m, n, k = 6, 35, 4 * group - 8
     rows, of_column = n * (1 + gated), torch.arange(k) // group
-    scales = SIZES[(torch.arange(rows)[:, None] // 3 + torch.arange(4)) % 4]
+    scales = torch.tensor(SIZES)[(torch.arange(rows)[:, None] // 3 + torch.arange(4)) % 4]
     scales[::3, 1:], scales[1::3] = scales[::3, :1], 0.0  # rows of one scale, and rows of zeros
     q = torch.randint(0, 16, (rows, k), dtype=torch.uint8)
     zeros = torch.randint(0, 16, (rows, 4), dtype=torch.uint8)
