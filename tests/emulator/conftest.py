@@ -56,11 +56,16 @@ def among_nan(x: Tensor, gap: int = 8) -> Tensor:
     return wide[:, : x.shape[1]].copy_(x)
 
 
+class Mismatch(AssertionError):
+    """Numbers are not what they should be."""
+
+
 def assert_within(found: Tensor, wanted: Tensor, bound: Tensor | float) -> None:
-    """Every element, by absolute error; a NaN is in no bound."""
+    """Every element, by absolute error; a NaN is in no bound. Mismatch where one is beyond."""
     assert found.shape == wanted.shape
     error = (found.double() - wanted).abs()
     off = ~(error <= bound)
-    assert not off.any(), (
-        f"{off.sum().item()} of {off.numel()} elements, the worst by {(error / bound).max().item():.3g} bounds"
-    )
+    if off.any():
+        raise Mismatch(
+            f"{off.sum().item()} of {off.numel()} elements, the worst by {(error / bound).max().item():.3g} bounds"
+        )

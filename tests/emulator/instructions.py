@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from tests.emulator.formats import SIGNED, UNSIGNED, Array, bits_of, is_float, numbers, raw
-from tests.emulator.memory import GlobalMemory, PtxError, Window
+from tests.emulator.memory import GlobalMemory, PtxError, Unsupported, Window
 from tests.emulator.ptx import (
     Address,
     Discard,
@@ -56,7 +56,7 @@ def _parts(operand: Operand) -> list[Operand]:
 
 
 def unsupported(warps: Warps, ins: Instruction, mask: Mask) -> Branch:
-    raise PtxError(f"unsupported: {ins.text}")
+    raise Unsupported(f"unsupported: {ins.text}")
 
 
 # Control
@@ -197,14 +197,14 @@ def _copy_async(warps: Warps, ins: Instruction, mask: Mask) -> Branch:
         warps.block.shared.poison(to, size, ins.text)
         warps.pending.append((to, data))
     else:
-        raise PtxError(f"unsupported: {ins.text}")
+        raise Unsupported(f"unsupported: {ins.text}")
     return None
 
 
 @_executes("ldmatrix")
 def _load_matrix(warps: Warps, ins: Instruction, mask: Mask) -> Branch:
     if mask is not None or "b16" not in ins.words:
-        raise PtxError(f"unsupported: {ins.text}")
+        raise Unsupported(f"unsupported: {ins.text}")
     at = (ins.args[1].bits(warps, 64) & _LOW32).reshape(-1, 32)
     for i, target in enumerate(_parts(ins.args[0])):
         rows = warps.block.shared.load(at[:, 8 * i : 8 * i + 8].reshape(-1), 16, ins.text)
@@ -392,7 +392,7 @@ def _funnel_shift(warps: Warps, ins: Instruction, mask: Mask) -> Branch:
 @_executes("prmt")
 def _permute_bytes(warps: Warps, ins: Instruction, mask: Mask) -> Branch:
     if ins.words != ["b32"]:
-        raise PtxError(f"unsupported: {ins.text}")
+        raise Unsupported(f"unsupported: {ins.text}")
     if isinstance(ins.args[3], Immediate) and not ins.args[3].number & 0x8888:
         pair = _pair_of_words(warps, ins).view(np.uint8).reshape(-1, 8)
         chosen = [ins.args[3].number >> 4 * i & 7 for i in range(4)]
@@ -477,7 +477,7 @@ def _float_arithmetic(ins: Instruction, kind: str, v: list[Array]) -> Array:
         return np.abs(v[0])
     if ins.op == "copysign":
         return np.copysign(v[1], v[0])
-    raise PtxError(f"unsupported: {ins.text}")
+    raise Unsupported(f"unsupported: {ins.text}")
 
 
 def _wide_product(ins: Instruction, kind: str, v: list[Array]) -> Array:
@@ -513,7 +513,7 @@ def _arithmetic(warps: Warps, ins: Instruction, mask: Mask) -> Branch:
         warps.put(ins.args[0], raw(out, kind), mask)
         return None
     if kind.endswith("x2"):
-        raise PtxError(f"unsupported: {ins.text}")
+        raise Unsupported(f"unsupported: {ins.text}")
     v = [arg.value(warps, kind) for arg in ins.args[1:3]]
     if "wide" in ins.words or "hi" in ins.words:
         bits = _wide_product(ins, kind, v)
@@ -532,7 +532,7 @@ def _arithmetic(warps: Warps, ins: Instruction, mask: Mask) -> Branch:
     elif ins.op in ("div", "rem"):
         out = _divided(v[0], v[1], kind)[ins.op == "rem"]
     else:
-        raise PtxError(f"unsupported: {ins.text}")
+        raise Unsupported(f"unsupported: {ins.text}")
     warps.put(ins.args[0], raw(out, kind), mask)
     return None
 
@@ -622,13 +622,13 @@ def _matrix_product(warps: Warps, ins: Instruction, mask: Mask) -> Branch:
     """`mma.sync.m16n8k*`, row by column; summed in float64 and rounded once, or exact in integers."""
     shape = re.search(r"m16n8k(\d+)\.row\.col", ins.text)
     if mask is not None or shape is None:
-        raise PtxError(f"unsupported or in divergent code: {ins.text}")
+        raise Unsupported(f"unsupported or in divergent code: {ins.text}")
     depth = int(shape.group(1))
     result_type, a_type, b_type, c_type = ins.types[-4:]
     d, a, b, c = (_parts(arg) for arg in ins.args)
     each = 32 // bits_of(a_type)
     if len(a) * each * 32 != 16 * depth or len(b) * each * 32 != 8 * depth or "f16" in (result_type, c_type):
-        raise PtxError(f"unsupported: {ins.text}")
+        raise Unsupported(f"unsupported: {ins.text}")
     left_at, right_at, result_at = _fragments(depth, each)
     count = warps.lanes // 32
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from tests.emulator.formats import Array
 
-__all__ = ["POISON", "SHARED_BASE", "GlobalMemory", "PtxError", "SharedMemory", "Window"]
+__all__ = ["POISON", "SHARED_BASE", "GlobalMemory", "PtxError", "SharedMemory", "Unsupported", "Window"]
 
 POISON = np.array([0xAD, 0xDE, 0xFF, 0xFF], np.uint8)
 """Little-endian 0xFFFFDEAD, a NaN in float32 and, in its upper half, in bfloat16 and float16."""
@@ -18,7 +18,11 @@ SHARED_BASE = 1024
 
 
 class PtxError(RuntimeError):
-    """The program did what it must not do, or what the emulator cannot."""
+    """The program did what it must not do."""
+
+
+class Unsupported(RuntimeError):
+    """The emulator cannot do what the program asks of it, right or wrong."""
 
 
 class _Bytes:

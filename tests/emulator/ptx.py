@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from tests.emulator.formats import FLOAT, UNSIGNED, Array, bits_of, is_type, numbers
-from tests.emulator.memory import SHARED_BASE, PtxError
+from tests.emulator.memory import SHARED_BASE, Unsupported
 
 if TYPE_CHECKING:
     from tests.emulator.warps import Warps
@@ -41,7 +41,7 @@ class Operand:
     """What an instruction names; `bits` reads it for every lane."""
 
     def bits(self, warps: Warps, width: int) -> Array:
-        raise PtxError(f"not a value: {self}")
+        raise Unsupported(f"not a value: {self}")
 
     def value(self, warps: Warps, kind: str) -> Array:
         """Read as numbers of a type."""
@@ -102,7 +102,7 @@ class Symbol(Operand):
 
     def bits(self, warps: Warps, width: int) -> Array:
         if self.name not in warps.module.symbols:
-            raise PtxError(f"address of {self.name}")
+            raise Unsupported(f"address of {self.name}")
         return _constant(warps.module.symbols[self.name][1], warps.lanes, width)
 
 
@@ -167,7 +167,7 @@ class Instruction:
         for word in self.words:
             if word in words:
                 return word
-        raise PtxError(f"unsupported: {self.text}")
+        raise Unsupported(f"unsupported: {self.text}")
 
 
 def _split(text: str) -> list[str]:
@@ -202,7 +202,7 @@ class Module:
         text = re.sub(r"^\s*\.(loc|file|version|target|address_size|pragma)\b[^\n]*$", "", text, flags=re.M)
         entry = re.search(r"\.entry\s+([\w$]+)\s*\((.*?)\)(.*?)\{", text, re.S)
         if not entry:
-            raise PtxError("no .entry in the PTX")
+            raise Unsupported("no .entry in the PTX")
         self.params: list[tuple[str, int]] = []
         """Names and sizes in bytes."""
         for param in filter(str.strip, entry.group(2).split(",")):
@@ -273,7 +273,7 @@ class Module:
                 self._declaration(" ".join(statement.split()), scopes, number)
             elif statement:
                 self.instructions.append(self._instruction(" ".join(statement.split()), scopes))
-        raise PtxError("the kernel does not end")
+        raise Unsupported("the kernel does not end")
 
     def _declaration(self, statement: str, scopes: _Scopes, number: int) -> None:
         found = re.match(r"\.reg\s*\.(\w+)\s+(.*)", statement)
@@ -295,7 +295,7 @@ class Module:
         if text.startswith("["):
             found = re.fullmatch(r"\s*([%\w$.]+)\s*(?:\+\s*(-?\w+))?\s*", text[1:-1])
             if not found:
-                raise PtxError(f"address {text}")
+                raise Unsupported(f"address {text}")
             return Address(self._operand(found.group(1), scopes), int(found.group(2) or "0", 0))
         if text.startswith("!"):
             return Negated(self._operand(text[1:], scopes))
@@ -336,5 +336,5 @@ class Module:
 def parse_integer(operand: Operand, text: str) -> int:
     """A number that must be known when compiled."""
     if not isinstance(operand, Immediate):
-        raise PtxError(f"unsupported: {text}")
+        raise Unsupported(f"unsupported: {text}")
     return operand.number

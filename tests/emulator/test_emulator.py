@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tests.emulator.formats import numbers, raw
 from tests.emulator.launch import execute
-from tests.emulator.memory import PtxError
+from tests.emulator.memory import PtxError, Unsupported
 from tests.emulator.ptx import Module
 
 PROGRAM = """
@@ -90,12 +90,17 @@ def test_what_was_never_written_is_nan() -> None:
         ("setp.lt.u32 %p1, %r1, 5; @%p1 bar.sync 0;", "divergent"),
         ("LOOP: bra LOOP;", "endless"),
         ("trap;", "assertion"),
-        ("wgmma.fence.sync.aligned;", "unsupported"),
     ],
 )
 def test_what_a_program_must_not_do(body: str, message: str) -> None:
     with pytest.raises(PtxError, match=message):
         run(body, limit=1000)
+
+
+def test_what_the_emulator_cannot_do_is_no_fault_of_the_program() -> None:
+    with pytest.raises(Unsupported, match="wgmma"):
+        run("wgmma.fence.sync.aligned;")
+    assert not issubclass(Unsupported, PtxError)
 
 
 def test_lanes_part_and_meet() -> None:

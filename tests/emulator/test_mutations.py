@@ -1,4 +1,7 @@
-"""The checks of this folder fail where they must: kernels with a mistake in their source, and damaged PTX."""
+"""The checks of this folder fail where they must: kernels with a mistake in their source, and damaged PTX.
+
+What is damaged is looked for first: a mistake that could not be made is not taken for one that was found.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import importlib.util
 import re
 import sys
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
 
@@ -14,20 +18,27 @@ import torch
 
 from pagemill.kernels.gpu import attention, linear
 from tests.emulator import test_attention, test_linear
-from tests.emulator.memory import PtxError
+from tests.emulator.conftest import Mismatch
+from tests.emulator.memory import PtxError, Unsupported
 
 Mutate = Callable[[ModuleType, str, str], ModuleType]
-Caught = (AssertionError, PtxError)
+Caught = (Mismatch, PtxError)
+"""A mistake is found by a number or by the emulator. Any other exception fails the test, `NotApplied` above all."""
+
+
+class NotApplied(Exception):
+    """What was to be damaged is not there."""
 
 
 @pytest.fixture
 def mutated(tmp_path: Path) -> Iterator[Mutate]:
-    """A copy of a module of kernels in which each `right` of its source is `wrong`."""
+    """A copy of a module of kernels in which each `right` of its source is `wrong`. NotApplied where there is none."""
     names = []
 
     def mutate(module: ModuleType, right: str, wrong: str) -> ModuleType:
         source = Path(str(module.__file__)).read_text()
-        assert right in source
+        if right not in source:
+            raise NotApplied(f"{right!r} is not in {module.__name__}")
         path = tmp_path / f"mutated_{len(names)}.py"
         path.write_text(source.replace(right, wrong))
         spec = importlib.util.spec_from_file_location(path.stem, path)
@@ -51,7 +62,7 @@ PRODUCTS = {
         "int4", "prmt.b32 b, l, 0x43434343, 0x4342;", "prmt.b32 b, l, 0x43434343, 0x4140;",
     ),
     "the scales of another group": ("int4", "at // GROUP * (N", "(at // GROUP // 2 * 2) * (N"),
-    "a tail not masked": ("plain", "mask=rows & (whole + k < K)[None, :]", "mask=rows"),
+    "a tail not masked": ("plain", "mask=rows & (here + k < K)[None, :]", "mask=rows"),
     "columns that are not there stored": (
         "plain", "mask = (m[:, None] < M) & there[None, :]", "mask = (m[:, None] < M) & (n >= 0)[None, :]",
     ),
@@ -68,8 +79,9 @@ def check_product(scheme: str, module: ModuleType) -> None:
 @pytest.mark.parametrize("mutation", PRODUCTS)
 def test_wrong_product(mutated: Mutate, mutation: str) -> None:
     scheme, right, wrong = PRODUCTS[mutation]
+    module = mutated(linear, right, wrong)
     with pytest.raises(Caught):
-        check_product(scheme, mutated(linear, right, wrong))
+        check_product(scheme, module)
 
 
 ATTENTION = {
@@ -94,15 +106,15 @@ def check_attention(module: ModuleType, cache: torch.dtype = torch.bfloat16, col
 
 @pytest.mark.parametrize("mutation", ATTENTION)
 def test_wrong_attention(mutated: Mutate, mutation: str) -> None:
+    module = mutated(attention, *ATTENTION[mutation])
     with pytest.raises(Caught):
-        check_attention(mutated(attention, *ATTENTION[mutation]))
+        check_attention(module)
 
 
 def test_wrong_attention_over_integers(mutated: Mutate) -> None:
+    module = mutated(attention, "score *= tl.load(k_scale", "score += 0 * tl.load(k_scale")
     with pytest.raises(Caught):
-        check_attention(
-            mutated(attention, "score *= tl.load(k_scale", "score += 0 * tl.load(k_scale"), torch.int8
-        )
+        check_attention(module, torch.int8)
 
 
 def test_blocks_looked_up_beyond_the_context(mutated: Mutate) -> None:
@@ -115,8 +127,9 @@ def check_segments(module: ModuleType) -> None:
 
 
 def test_a_segment_sees_the_next(mutated: Mutate) -> None:
+    module = mutated(attention, "(key < end) if MASKED", "(key < end + 1) if MASKED")
     with pytest.raises(Caught):
-        check_segments(mutated(attention, "(key < end) if MASKED", "(key < end + 1) if MASKED"))
+        check_segments(module)
 
 
 def test_what_has_no_mistake_passes(mutated: Mutate) -> None:
@@ -128,60 +141,155 @@ def test_what_has_no_mistake_passes(mutated: Mutate) -> None:
     check_segments(attention)
 
 
-def without(pattern: str, number: int = 0) -> Callable[[str], str]:
-    """Take the instruction that is the `number`-th match of `pattern` out of a PTX text."""
-    return replaced(pattern, "", number)
+Check = Callable[[Callable[[str], str]], object]
+"""Run and compare kernels whose PTX goes through a function first."""
 
 
-def replaced(pattern: str, by: str, number: int = 0) -> Callable[[str], str]:
-    def damage(ptx: str) -> str:
-        found = list(re.finditer(pattern, ptx))
-        assert len(found) > number, f"{len(found)} of {pattern} in the PTX"
-        at = found[number]
-        return ptx[: at.start()] + at.expand(by) + ptx[at.end() :]
-
-    return damage
+def check_ptx_of_product(damage: Callable[[str], str]) -> None:
+    """A whole tile of features; two ranges of inputs, each long enough for every stage of the pipeline to be used again."""
+    test_linear.check("plain", 16, 64, 640, False, False, damage=damage, one_by_one=True)
 
 
-BARRIER, PRODUCT = r"bar\.sync[^;]*;", r"mma\.sync[^;]*;"
-PLAIN_DAMAGE: dict[str, Callable[[str], str]] = {
-    **{f"barrier {i}": without(BARRIER, i) for i in range(4)},
-    "the wait": without(r"cp\.async\.wait_group[^;]*;"),
-    "a wait too weak": replaced(r"cp\.async\.wait_group(\s+)2;", r"cp.async.wait_group\g<1>3;"),
-    "a product": without(PRODUCT, 5),
-    "a load of fragments": replaced(
-        r"ldmatrix\.sync\.aligned\.m8n8\.x4\.", "ldmatrix.sync.aligned.m8n8.x4.trans."
-    ),
-    "a commit": without(r"cp\.async\.commit_group;"),
+def check_ptx_of_attention(damage: Callable[[str], str]) -> None:
+    """Three whole tiles of keys, and one that lacks a key."""
+    test_attention.check([255], [1], 16, 2, damage=damage, one_by_one=True)
+
+
+@lru_cache
+def ptx_of(check: Check, kernel: str) -> str:
+    """The PTX of a kernel, which passes `check` as it is. NotApplied where it does not run."""
+    texts = {}
+
+    def keep(ptx: str) -> str:
+        entry = re.search(r"\.entry\s+(\w+)", ptx)
+        assert entry
+        texts[entry[1]] = ptx
+        return ptx
+
+    check(keep)
+    if kernel not in texts:
+        raise NotApplied(f"{kernel} does not run, but {', '.join(texts)}")
+    return texts[kernel]
+
+
+def damaged(
+    ptx: str, pattern: str, by: str | Callable[[re.Match[str]], str] = "", which: slice = slice(None)
+) -> str:
+    """A PTX text with `by` for those matches of `pattern`. NotApplied where that changes nothing."""
+    changed = ptx
+    for at in reversed(list(re.finditer(pattern, ptx))[which]):
+        changed = (
+            changed[: at.start()] + (at.expand(by) if isinstance(by, str) else by(at)) + changed[at.end() :]
+        )
+    if changed == ptx:
+        raise NotApplied(f"{pattern} {which} in the PTX")
+    return changed
+
+
+def survives(check: Check, ptx: str, instead: str) -> bool:
+    """Whether `check` finds nothing wrong where `instead` runs for `ptx`. A wild address is no find: it is one by luck."""
+    try:
+        check(lambda text: instead if text == ptx else text)
+    except Mismatch:
+        return False
+    except PtxError as error:
+        if not str(error).startswith("race"):
+            raise
+        return False
+    return True
+
+
+BARRIER, PRODUCT, COMMIT = r"bar\.sync[^;]*;", r"mma\.sync[^;]*;", r"cp\.async\.commit_group\s*;"
+LOAD, TURNED = r"(ldmatrix[^;]*\.x4)(?!\.trans)", r"(ldmatrix[^;]*\.x4)\.trans"
+WAIT = r"(cp\.async\.wait_group\s+)(\d+)\s*;"
+
+
+def one_more(wait: re.Match[str]) -> str:
+    return f"{wait[1]}{int(wait[2]) + 1};"
+
+
+EACH_OF_PRODUCT = {
+    # The second stands at the head of the loop. Between it and the one before, nobody touches shared memory.
+    "barrier": (BARRIER, "", {1}),
+    "product": (PRODUCT, "", set()),
+    "load of fragments": (LOAD, r"\1.trans", set()),
+    # Without the first, two groups become one. Waits count from the last group: they let no less land.
+    "commit": (COMMIT, "", {0}),
 }
-ATTENTION_DAMAGE: dict[str, Callable[[str], str]] = {
-    "a barrier": without(BARRIER, 1),
-    "the wait": replaced(r"cp\.async\.wait_group[^;]*;", "cp.async.wait_group 3;"),
-    "a product": without(PRODUCT, 40),
-    "a load of values": replaced(r"\.x4\.trans\.", ".x4."),
+"""Instructions, what each of them is replaced by in turn, and those that are not missed."""
+
+
+@pytest.mark.parametrize("kind", EACH_OF_PRODUCT)
+def test_each_instruction_of_a_product(kind: str) -> None:
+    pattern, by, idle = EACH_OF_PRODUCT[kind]
+    ptx = ptx_of(check_ptx_of_product, "matmul_kernel")
+    count = len(re.findall(pattern, ptx))
+    assert count > len(idle) + 1
+    survivors = {
+        i
+        for i in range(count)
+        if survives(check_ptx_of_product, ptx, damaged(ptx, pattern, by, slice(i, i + 1)))
+    }
+    assert survivors == idle
+
+
+# One wait of the loop alone is not missed: two stand in a row at its end, and one more at its head. Behind the loop nothing is
+# waited for, its last copies are masked.
+WAITS = {
+    "none before the loop": ("", slice(1)),
+    "one group too few before the loop": (one_more, slice(1)),
+    "none in the loop": ("", slice(1, None)),
+    "one group too few in the loop": (one_more, slice(1, None)),
 }
 
 
-def check_damaged_product(damage: Callable[[str], str]) -> None:
-    test_linear.check("plain", 16, 32, 640, False, False, damage=damage, one_by_one=True)
+@pytest.mark.parametrize("damage", WAITS)
+def test_waits_of_a_product(damage: str) -> None:
+    ptx = ptx_of(check_ptx_of_product, "matmul_kernel")
+    assert not survives(check_ptx_of_product, ptx, damaged(ptx, WAIT, *WAITS[damage]))
 
 
-def check_damaged_attention(damage: Callable[[str], str]) -> None:
-    test_attention.check([200], [1], 16, 2, damage=damage, one_by_one=True)
+OF_ATTENTION = {
+    "a wait for the last keys": (WAIT, "", slice(-2, -1)),
+    "the barrier after it": (rf"({WAIT}\s*){BARRIER}", r"\1", slice(-2, -1)),
+    "a barrier before a maximum is read": (rf"(st\.shared[^;]*;\s*){BARRIER}", r"\1", slice(1)),
+    "the last barrier": (BARRIER, "", slice(-1, None)),
+}
 
 
-@pytest.mark.parametrize("damage", PLAIN_DAMAGE)
-def test_damaged_product(damage: str) -> None:
-    with pytest.raises(Caught):
-        check_damaged_product(PLAIN_DAMAGE[damage])
+@pytest.mark.parametrize("damage", OF_ATTENTION)
+def test_order_in_attention(damage: str) -> None:
+    ptx = ptx_of(check_ptx_of_attention, "paged_kernel")
+    assert not survives(check_ptx_of_attention, ptx, damaged(ptx, *OF_ATTENTION[damage]))
 
 
-@pytest.mark.parametrize("damage", ATTENTION_DAMAGE)
-def test_damaged_attention(damage: str) -> None:
-    with pytest.raises(Caught):
-        check_damaged_attention(ATTENTION_DAMAGE[damage])
+@pytest.mark.parametrize("place", [1, 3, 5, 7])
+@pytest.mark.parametrize(
+    ("pattern", "by"),
+    [(PRODUCT, ""), (LOAD, r"\1.trans"), (TURNED, r"\1")],
+    ids=["product", "keys", "values"],
+)
+def test_numbers_of_attention(pattern: str, by: str, place: int) -> None:
+    """Instructions of its two loops, an eighth of the way through them and so on: of scores, and of what they weigh."""
+    ptx = ptx_of(check_ptx_of_attention, "paged_kernel")
+    at = len(re.findall(pattern, ptx)) * place // 8
+    assert not survives(check_ptx_of_attention, ptx, damaged(ptx, pattern, by, slice(at, at + 1)))
 
 
-def test_what_is_not_damaged_passes() -> None:
-    check_damaged_product(str)
-    check_damaged_attention(str)
+def test_what_is_not_there_is_not_damaged(mutated: Mutate) -> None:
+    assert not issubclass(NotApplied, Caught)
+    with pytest.raises(NotApplied, match="not in"):
+        mutated(linear, "a text that is not there", "another")
+    with pytest.raises(NotApplied, match="does not run"):
+        ptx_of(check_ptx_of_product, "paged_kernel")
+    ptx = ptx_of(check_ptx_of_product, "matmul_kernel")
+    for pattern, by, which in (
+        (r"wgmma", "", slice(None)),
+        (PRODUCT, "", slice(99, None)),
+        ("mma", "mma", slice(None)),
+    ):
+        with pytest.raises(NotApplied, match="in the PTX"):
+            damaged(ptx, pattern, by, which)
+    assert survives(check_ptx_of_product, ptx, damaged(ptx, r"\bret;", "ret; ret;"))
+    with pytest.raises(Unsupported):  # neither found nor not: no test of damage passes
+        survives(check_ptx_of_product, ptx, damaged(ptx, PRODUCT, "wgmma.sync;"))

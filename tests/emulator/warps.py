@@ -8,7 +8,7 @@ import numpy as np
 
 from tests.emulator.formats import UNSIGNED, Array
 from tests.emulator.instructions import EXECUTE, Mask, unsupported
-from tests.emulator.memory import GlobalMemory, PtxError, SharedMemory, Window
+from tests.emulator.memory import GlobalMemory, PtxError, SharedMemory, Unsupported, Window
 from tests.emulator.ptx import Discard, Instruction, Module, Operand, Pair, Register, Vector
 
 __all__ = ["Block", "Warps"]
@@ -77,7 +77,7 @@ class Warps:
         elif isinstance(target, Pair):
             self.put(target.first, bits, mask)
         elif not isinstance(target, Discard):
-            raise PtxError(f"not a target: {target}")
+            raise Unsupported(f"not a target: {target}")
 
     def land(self, keep: int) -> None:
         """Let the oldest groups of copies arrive, until `keep` are left."""
