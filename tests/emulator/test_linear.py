@@ -81,11 +81,10 @@ def check(
         patch.setattr(module, "quantize", remembered)
         found = module.linear(x, packed, tile=tile, residual=residual, out_dtype=out_dtype)
     exact = x.double()
-    if scheme in (
-        "int8",
-        "fp8",
-    ):  # `test_quantize` checks them; a tie may go either way, by the scale's last bit
-        [(codes, scale)] = rows
+    if scheme in ("int8", "fp8"):
+        [(codes, scale)] = (
+            rows  # `test_quantize` checks them; a tie may go either way, by the scale's last bit
+        )
         exact = codes[:, :k].double() * scale.double()[:, None]
     wanted = product(exact, weight, bias, residual, gated)
     # Sums in float32 of K / 16 terms, each rounded once, the epilogue's few more.
@@ -118,11 +117,7 @@ def test_matches_float64(scheme: str, case: str) -> None:
 
 
 TILES = {
-    f"{scheme}{' gated' if gated else ''} {tile.rows} x {tile.features} x {tile.inputs}": (
-        scheme,
-        gated,
-        tile,
-    )
+    f"{scheme}{' gated' * gated} {tile.rows} x {tile.features} x {tile.inputs}": (scheme, gated, tile)
     for scheme in ("plain", "int8", "fp8", "int4")
     for gated in (False, True)
     for tile in configs.MATMUL[ARCH.get(scheme, 80)][scheme, gated]
@@ -134,9 +129,10 @@ def test_every_tile_of_the_table(name: str) -> None:
     """A whole tile, deep enough for every stage of the pipeline to be used again, each warp by itself; then a row and some inputs
     more, and some features fewer."""
     scheme, gated, tile = TILES[name]
-    k = (tile.stages + 1) * tile.inputs
+    step = 128 if scheme == "int4" else tile.inputs  # a group
+    k = (tile.stages + 1) * step
     check(scheme, tile.rows, tile.features, k, gated, False, tile=tile, one_by_one=True, seed=0)
-    more = tile.rows + 1, tile.features - 16, 2 * tile.inputs + 8
+    more = tile.rows + 1, tile.features - 16, 2 * step + 8
     launches = check(scheme, *more, gated, True, out_dtype=torch.bfloat16, tile=tile)
     assert launches[-1].kernel.metadata.num_warps == tile.warps
     assert launches[-1].count("mma") > 0
@@ -195,9 +191,9 @@ def test_int4_groups(group: int, case: str) -> None:
     check("int4", *CASES[case], group=group)
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("scheme", ["plain", "int8", "fp8", "int4"])
 def test_warps_in_any_order(scheme: str, seed: int) -> None:
     """Deep enough for every stage of the pipeline to be used again."""
-    shape = [(16, 32, 640), (33, 40, 448), (65, 32, 320)][seed]
+    shape = [(16, 32, 640), (33, 40, 448)][seed]
     check(scheme, *shape, seed == 1, True, group=64, one_by_one=True, seed=seed)
