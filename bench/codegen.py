@@ -2,6 +2,7 @@
 
     python bench/codegen.py                     # all targets: bench/results/codegen.json and codegen.md
     python bench/codegen.py sm_90 --only int4   # to standard output
+    python bench/codegen.py --sweep             # every launch of both models' sizes: only what has a fault, and counts
 
 A case is an op at a size; what its launcher would start on a card of each target is compiled (`machine_code.py`) and read. Beside
 it stand the limits of cards with that instruction set: the longer of the case's arithmetic at the peak and its bytes, each moved
@@ -13,8 +14,9 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +41,6 @@ _MULTIPLY = (
     "tutorial_matmul",
     "tutorial_attention",
 )
-_B200 = Device(
-    "b200", "NVIDIA B200 180GB", {"bfloat16": 2.25e15, "fp8": 4.5e15, "int8": 4.5e15}, 8e12, 180e9,
-    "NVIDIA Blackwell architecture technical brief, HGX B200, dense",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -88,11 +86,67 @@ def limit_us(case: Case, device: Device) -> float | None:
     return 1e6 * max(case.flops / device.rate(case.arithmetic), case.bytes / device.bandwidth)
 
 
-# The cases, of Qwen2.5-VL-3B's shapes.
+# The cases, of Qwen2.5-VL-3B's shapes; the sweep has the 7B's, too.
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A linear layer: features (of each of gate and up), inputs, and what `product` is told besides."""
+
+    name: str
+    n: int
+    k: int
+    options: dict[str, bool] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Model:
+    """What the launches of a model depend on; head_dim is 128."""
+
+    name: str
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    vocabulary: int
+
+    @property
+    def decoder(self) -> tuple[Layer, ...]:
+        h, i, width = self.hidden, self.intermediate, 128 * (self.heads + 2 * self.kv_heads)
+        return (
+            Layer("qkv", width, h, {"bias": True}),
+            Layer("out", h, h, {"residual": True}),
+            Layer("gate_up", i, h, {"gated": True}),
+            Layer("down", h, i, {"residual": True}),
+        )
+
+    @property
+    def head(self) -> Layer:
+        return Layer("head", self.vocabulary, self.hidden, {"float32": True})
+
+    @property
+    def vision(self) -> tuple[Layer, ...]:
+        return (
+            Layer("patch", 1280, 1176),
+            Layer("vision qkv", 3840, 1280, {"bias": True}),
+            Layer("vision out", 1280, 1280, {"bias": True, "residual": True}),
+            Layer("vision gate_up", 3420, 1280, {"gated": True, "bias": True}),
+            Layer("vision down", 1280, 3420, {"bias": True, "residual": True}),
+            Layer("merger", 5120, 5120, {"bias": True}),
+            Layer("merger out", self.hidden, 5120, {"bias": True}),
+        )
+
+
+_3B = Model("3B", 2048, 11008, 16, 2, 151936)
+_7B = Model("7B", 3584, 18944, 28, 4, 152064)
 
 
 def _empty(*shape: int, dtype: torch.dtype = _BF16) -> Tensor:
     return torch.empty(*shape, dtype=dtype, device=_META)
+
+
+_GROUPS = {"int4": 128, "int4g64": 64, "int4g32": 32}
+"""Forms of 4-bit weights, and inputs of a group."""
 
 
 def packed(form: str, n: int, k: int, *, gated: bool = False, bias: bool = False) -> PackedLinear:
@@ -101,8 +155,8 @@ def packed(form: str, n: int, k: int, *, gated: bool = False, bias: bool = False
     b = _empty(rows) if bias else None
     if form == "plain":
         weight = linear.pack_plain(_empty(rows, k), b, gated=gated)
-    elif form == "int4":
-        groups = -(-k // 128)
+    elif form in _GROUPS:
+        groups = -(-k // _GROUPS[form])
         weight = linear.pack_int4(
             _empty(rows, k, dtype=torch.uint8), _empty(rows, groups, dtype=torch.float32),
             _empty(rows, groups, dtype=torch.uint8), b, gated=gated,
@@ -113,36 +167,43 @@ def packed(form: str, n: int, k: int, *, gated: bool = False, bias: bool = False
     return replace(weight, compute="bfloat16")
 
 
-_ARITHMETIC = {"plain": "bfloat16", "int4": "bfloat16", "int8": "int8", "fp8": "fp8"}
+_ARITHMETIC = {"plain": "bfloat16", **dict.fromkeys(_GROUPS, "bfloat16"), "int8": "int8", "fp8": "fp8"}
+_FORMS = ("plain", "int4", "int8", "fp8")
 _WITH_FP8 = tuple(name for name in TARGETS if name not in ("sm_80", "gfx942"))
 """sm_80 has no fp8 arithmetic, and gfx942's float8_e4m3 is another one (fnuz)."""
 _WGMMA = ("sm_90", "sm_100")
 
 
+def _targets(form: str) -> tuple[str, ...]:
+    return _WITH_FP8 if form == "fp8" else tuple(TARGETS)
+
+
 def product(
     name: str, form: str, m: int, n: int, k: int, *, gated: bool = False, bias: bool = False, residual: bool = False,
-    gate: bool = False,
+    float32: bool = False, gate: bool = False,
 ) -> Case:  # fmt: skip
-    """A linear layer."""
+    """A linear layer; `float32`: its result is not rounded, as logits are not."""
     weight = packed(form, n, k, gated=gated, bias=bias)
 
     def call() -> object:
         x = _empty(m, -(-k // 16) * 16 if k % 8 else k)[:, :k]  # as a gated product leaves its rows
         if gated:
             return ops._linear_swiglu(x, weight)
-        return ops._linear(x, weight, residual=_empty(m, n) if residual else None)
+        return ops._linear(x, weight, out_float32=float32, residual=_empty(m, n) if residual else None)
 
     moved = sum(t.nbytes for t in (weight.weight, weight.scales, weight.zeros) if t is not None)
-    narrow = _WGMMA if form == "int4" and m > 64 else ()
+    narrow = _WGMMA if form in _GROUPS and m > 64 else ()
     return Case(
-        f"{name} {form} M={m}", call, 2.0 * m * n * k * (1 + gated), moved + 2.0 * m * (k + n * (1 + residual)),
-        _ARITHMETIC[form], gate, _WITH_FP8 if form == "fp8" else tuple(TARGETS), narrow,
+        f"{name} {form} M={m}", call, 2.0 * m * n * k * (1 + gated),
+        moved + 2.0 * m * (k + n * (1 + residual + float32)), _ARITHMETIC[form], gate, _targets(form), narrow,
     )  # fmt: skip
 
 
-def paged(name: str, sequences: int, tokens: int, context: int, dtype: torch.dtype, *, gate: bool = False) -> Case:  # fmt: skip
-    """Attention over the cache, 16 query heads and 2 of keys of 128: `tokens` of each sequence, the last of `context`."""
-    heads, kv_heads, d, block = 16, 2, 128, 16
+def paged(
+    name: str, sequences: int, tokens: int, context: int, dtype: torch.dtype, *, model: Model = _3B, gate: bool = False,
+) -> Case:  # fmt: skip
+    """Attention over the cache: `tokens` of each sequence, the last of `context`."""
+    heads, kv_heads, d, block = model.heads, model.kv_heads, 128, 16
     rows, blocks = sequences * tokens, -(-context // block)
     scaled = dtype != _BF16
 
@@ -179,20 +240,6 @@ def _moving(name: str, moved: float, call: Callable[[], object], **options: Any)
     return Case(name, call, 0.0, moved, **options)
 
 
-_DECODER = (
-    ("qkv", 2560, 2048, {"bias": True}),
-    ("out", 2048, 2048, {"residual": True}),
-    ("gate_up", 11008, 2048, {"gated": True}),
-    ("down", 2048, 11008, {"residual": True}),
-)
-_VISION = (
-    ("patch", 1280, 1176, {}),
-    ("vision qkv", 3840, 1280, {"bias": True}),
-    ("vision out", 1280, 1280, {"bias": True, "residual": True}),
-    ("vision gate_up", 3420, 1280, {"gated": True, "bias": True}),
-    ("vision down", 1280, 3420, {"bias": True, "residual": True}),
-    ("merger", 5120, 5120, {"bias": True}),
-)
 _GATED_IN_CI = {
     ("out", "plain", 16), ("gate_up", "plain", 4096), ("vision down", "plain", 4096), ("gate_up", "int8", 256),
     ("vision qkv", "int8", 4096), ("down", "int4", 16),
@@ -201,21 +248,24 @@ _GATED_IN_CI = {
 
 def products() -> Iterator[Case]:
     """The linear layers of the decoder, its output layer, and those of the vision tower."""
-    for form in _ARITHMETIC:
-        for m in (16, 32, 64, 256, 4096):
-            for name, n, k, options in _DECODER:
-                yield product(name, form, m, n, k, gate=(name, form, m) in _GATED_IN_CI, **options)
-        if form != "int4":
-            for m in (16, 64, 256):
-                yield product("head", form, m, 151936, 2048)
-            for name, n, k, options in _VISION:
-                yield product(name, form, 4096, n, k, gate=(name, form, 4096) in _GATED_IN_CI, **options)
+    for form in _FORMS:
+        for layers, sizes in (
+            (_3B.decoder, (16, 32, 64, 256, 4096)),
+            ((_3B.head,) if form != "int4" else (), (16, 64, 256)),
+            (_3B.vision if form != "int4" else (), (4096,)),
+        ):
+            for m in sizes:
+                for layer in layers:
+                    gate = (layer.name, form, m) in _GATED_IN_CI
+                    yield product(layer.name, form, m, layer.n, layer.k, gate=gate, **layer.options)
+
+
+_KEYS = {"bf16": _BF16, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
 
 
 def attentions() -> Iterator[Case]:
     """The decoder's and the vision tower's attention."""
-    for dtype in (_BF16, torch.int8, torch.float8_e4m3fn):
-        kind = str(dtype).removeprefix("torch.").removesuffix("_e4m3fn").replace("bfloat16", "bf16")
+    for kind, dtype in _KEYS.items():
         plain = dtype == _BF16
         yield paged(f"decode {kind} 4 x 4096", 4, 1, 4096, dtype, gate=plain)
         yield paged(f"decode {kind} 256 x 2048", 256, 1, 2048, dtype)
@@ -308,6 +358,64 @@ def cases() -> list[Case]:
     return [*products(), *attentions(), *others(), *tutorial()]
 
 
+# The sweep.
+
+_ROWS = (1, 16, 17, 33, 48, 64, 65, 100, 128, 160, 256, 300, 512, 1024, 2048, 4096, 32768)
+_STEPS = (
+    (1, 1, 4096),
+    (4, 1, 4096),
+    (64, 1, 2048),
+    (256, 1, 2048),
+    (1, 300, 1000),
+    (1, 4096, 4096),
+    (32, 64, 2048),
+)
+"""Sequences, tokens of each, keys of each: with and without split-KV, decoding and not."""
+
+
+def sweep_cases() -> Iterator[tuple[str, Case]]:
+    """Both models' layers in every form, and attention, at sizes between which another tile is chosen; by form and model."""
+    for model in (_3B, _7B):
+        for form in _ARITHMETIC:
+            layers = model.decoder if form in _GROUPS else (*model.decoder, model.head, *model.vision)
+            for layer in layers:
+                for m in _ROWS:
+                    case = product(f"{model.name} {layer.name}", form, m, layer.n, layer.k, **layer.options)
+                    yield f"{form} {model.name}", case
+        for kind, dtype in _KEYS.items():
+            for sequences, tokens, context in _STEPS:
+                name = f"{model.name} attention {kind} {sequences}x{tokens} of {context}"
+                case = paged(name, sequences, tokens, context, dtype, model=model)
+                yield f"attention {kind} {model.name}", case
+    for length in (64, 1024):
+        yield "attention vision", segments(f"vision segments of {length}", 4096, length)
+
+
+def sweep(target: Target, only: str = "") -> str:
+    """Compile the different launches of the sweep's cases: how many there are, and each one that has a fault, in Markdown."""
+    built: dict[str, Figures] = {}
+    launches: dict[str, set[str]] = defaultdict(set)
+    wrong: dict[tuple[str, str, str], list[str]] = defaultdict(list)
+    bad: dict[str, set[str]] = defaultdict(set)
+    for group, case in sweep_cases():
+        if target.name not in case.targets or only not in case.name:
+            continue
+        for launch, figures in compiled(case, target, built):
+            launches[group].add(launch.key)
+            if found := faults(figures, target, case):
+                bad[group].add(launch.key)
+                wrong[figures.kernel, launch_name(launch), "; ".join(found)].append(case.name)
+    counts = [[group, str(len(keys)), str(len(bad[group]))] for group, keys in launches.items()]
+    lines = [
+        f"## {target.name}: {len(built)} different kernels, {len(set().union(*bad.values()))} with a fault"
+    ]
+    lines.append(_markdown(["form and model", "kernels", "with a fault"], counts))
+    if wrong:
+        rows = [[*key, ", ".join(names[:3]), str(len(names))] for key, names in wrong.items()]
+        lines.append(_markdown(["kernel", "tile", "faults", "of", "cases"], rows))
+    return "\n\n".join(lines)
+
+
 # The run.
 
 
@@ -324,7 +432,7 @@ class Row:
     limits_us: dict[str, float | None]
 
 
-_WORDS = ("SPLIT", "SCALED", "TAIL", "GATED", "DESCRIBED", "SPECIALISED")
+_WORDS = ("BIAS", "RESIDUAL", "SPLIT", "SCALED", "TAIL", "GATED", "DESCRIBED", "SPECIALISED")
 
 
 def launch_name(launch: Launch) -> str:
@@ -338,20 +446,26 @@ def launch_name(launch: Launch) -> str:
     return f"{sizes or values.get('TILE', '')} ({stages}{launch.options['num_warps']} warps{''.join(', ' + w for w in words)})"
 
 
-def run(case: Case, target: Target, built: dict[str, Figures]) -> list[Row]:
-    """Compile what a case would launch; `built` holds what was compiled for this target before."""
+def compiled(case: Case, target: Target, built: dict[str, Figures]) -> Iterator[tuple[Launch, Figures]]:
+    """What a case would launch, compiled; `built` holds what was compiled for this target before, by the launch's key."""
     with capture(target) as launches:
         case.call()
-    rows = []
-    devices = [_B200 if id == "b200" else find_device(id) for id in target.devices]
     for launch in launches:
         if launch.key not in built:
             built[launch.key] = build(launch, target)
-        figures = built[launch.key]
-        limits = {device.id: limit_us(case, device) for device in devices}
-        wrong = tuple(faults(figures, target, case))
-        rows.append(Row(case.name, target.name, launch_name(launch), figures, wrong, limits))
-    return rows
+        yield launch, built[launch.key]
+
+
+def run(case: Case, target: Target, built: dict[str, Figures]) -> list[Row]:
+    """Compile what a case would launch and read it."""
+    devices = [find_device(id) for id in target.devices]
+    limits = {device.id: limit_us(case, device) for device in devices}
+    return [
+        Row(
+            case.name, target.name, launch_name(launch), figures, tuple(faults(figures, target, case)), limits
+        )
+        for launch, figures in compiled(case, target, built)
+    ]
 
 
 def _sizes(widths: dict[int, int] | None) -> str:
@@ -477,8 +591,15 @@ def main() -> None:
     parser.add_argument(
         "--only", default="", help="cases whose name holds this; nothing is written to a file"
     )
+    parser.add_argument(
+        "--sweep", action="store_true", help="every launch of both models; to standard output"
+    )
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of codegen.json and codegen.md")
     arguments = parser.parse_args()
+    if arguments.sweep:
+        for name in arguments.targets:
+            print(sweep(TARGETS[name], arguments.only), flush=True)
+        return
     rows: list[Row] = []
     for name in arguments.targets:
         target, built = TARGETS[name], dict[str, Figures]()

@@ -42,7 +42,7 @@ class Target:
     warps: int
     programs: int
     devices: tuple[str, ...] = ()
-    """Ids in the reference data, or names here, of cards with this instruction set."""
+    """Ids in the reference data of cards with this instruction set."""
 
     @property
     def is_cuda(self) -> bool:

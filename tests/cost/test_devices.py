@@ -10,7 +10,7 @@ from pagemill.errors import ConfigError
 
 def test_every_row_names_its_source_and_every_device_can_work():
     data = reference()
-    assert len(data.gpus) == 10
+    assert len(data.gpus) == 11
     for row in (*data.gpus, *data.prices, *data.instances, *data.api_prices, *data.scores, *data.throughputs):
         assert row.source
     for device in data.gpus:
