@@ -15,7 +15,7 @@ import argparse
 import json
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -55,8 +55,9 @@ class Case:
     gate: bool = False
     """One of the few that CI compiles."""
     targets: tuple[str, ...] = tuple(TARGETS)
-    narrow: tuple[str, ...] = ()
-    """Targets on which loads of weights, or of keys and values, of 8 bytes are taken; the report says why."""
+    narrow: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """By target, matrix instructions beside which loads of weights, or of keys and values, of 8 bytes are taken; the report says
+    why."""
 
 
 def faults(figures: Figures, target: Target, case: Case) -> list[str]:
@@ -69,7 +70,7 @@ def faults(figures: Figures, target: Target, case: Case) -> list[str]:
     if figures.kernel in _MULTIPLY:
         if figures.matrix == "none":
             found.append("no tensor-core instruction")
-        least = 8 if target.name in case.narrow else 16
+        least = 8 if figures.matrix in case.narrow.get(target.name, ()) else 16
         if figures.narrowest is None:
             found.append("no load of weights was found")
         elif figures.narrowest < least:
@@ -171,7 +172,8 @@ _ARITHMETIC = {"plain": "bfloat16", **dict.fromkeys(_GROUPS, "bfloat16"), "int8"
 _FORMS = ("plain", "int4", "int8", "fp8")
 _WITH_FP8 = tuple(name for name in TARGETS if name not in ("sm_80", "gfx942"))
 """sm_80 has no fp8 arithmetic, and gfx942's float8_e4m3 is another one (fnuz)."""
-_WGMMA = ("sm_90", "sm_100")
+_NARROW: Mapping[str, tuple[str, ...]] = dict.fromkeys(TARGETS, ("mma", "wgmma", "tcgen05", "mfma"))
+_NARROW_ROWS: Mapping[str, tuple[str, ...]] = {"sm_90": ("wgmma",), "sm_100": ("tcgen05",)}
 
 
 def _targets(form: str) -> tuple[str, ...]:
@@ -192,7 +194,7 @@ def product(
         return ops._linear(x, weight, out_float32=float32, residual=_empty(m, n) if residual else None)
 
     moved = sum(t.nbytes for t in (weight.weight, weight.scales, weight.zeros) if t is not None)
-    narrow = _WGMMA if form in _GROUPS and m > 64 else ()
+    narrow = _NARROW if form == "int4g32" else _NARROW_ROWS if form in _GROUPS and m > 32 else {}
     return Case(
         f"{name} {form} M={m}", call, 2.0 * m * n * k * (1 + gated),
         moved + 2.0 * m * (k + n * (1 + residual + float32)), _ARITHMETIC[form], gate, _targets(form), narrow,
@@ -221,7 +223,7 @@ def paged(
     fp8 = dtype == torch.float8_e4m3fn
     return Case(
         name, call, 4.0 * seen * heads * d, moved, gate=gate, targets=_WITH_FP8 if fp8 else tuple(TARGETS),
-        narrow=tuple(TARGETS) if scaled else (),
+        narrow=_NARROW if scaled else {},
     )  # fmt: skip
 
 

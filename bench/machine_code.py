@@ -300,8 +300,9 @@ _GCN_BYTES = {
 }
 _LOC = re.compile(r"^\s*\.loc\s+(\d+)\s+(\d+)")
 _FILE = re.compile(r'^\s*\.file\s+(\d+)\s+"([^"]*)"(?:\s+"([^"]*)")?')
-_WEIGHTS = re.compile(r"tl\.load\((?:w_at|up_at|[bkv]_(?:tail_)?at)|\bw\.load\(")
-"""How kernels write a load of weights, or of keys and values; by a descriptor it counts as one of 16 bytes."""
+_WEIGHTS = re.compile(r"tl\.load\((?:w_at|up_at|[bkv]_(?:tail_)?at)|\bw\.load\(|_nibbles\(packed")
+"""How kernels write a load of weights, or of keys and values; by a descriptor it counts as one of 16 bytes. What Triton loads
+into registers a step ahead stands at the line that uses it."""
 
 
 def _width(match: re.Match[str]) -> int:

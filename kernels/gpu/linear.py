@@ -251,8 +251,9 @@ def int4_kernel(
     k = tl.arange(0, HALF)
     features: tl.constexpr = 2 if GATED else 1
     x_at = x + (m.to(tl.int64) * x_row)[None, :] + k[:, None]
-    w_at = w + (n.to(tl.int64) * w_row)[:, None] + k[None, :]
-    rows, there = (m < M)[None, :], n < N
+    rows = (m < M)[None, :]
+    feature = tl.minimum(n, N - 1)  # what is read for features beyond the last is not stored
+    w_at = w + (feature.to(tl.int64) * w_row)[:, None] + k[None, :]
     acc = tl.zeros((TILE_N, TILE_M), tl.float32)
     up = acc
     if GATED:
@@ -268,21 +269,23 @@ def int4_kernel(
         else:
             a = tl.load(x_at + at, mask=rows, other=0.0)
             b = tl.load(x_at + at + HALF, mask=rows, other=0.0)
-        of_group = at // GROUP * (N * features) + n
+        of_group = at // GROUP * (N * features) + feature
         byte = tl.multiple_of(at // 2, 16)  # a group is 16 bytes or more; split-K's ranges begin with one
-        packed = tl.load(w_at + byte, mask=there[:, None], other=0)
-        zero = tl.load(zeros + of_group, mask=there, other=0).to(x.dtype.element_ty)
-        low, high = _nibbles(packed, (-128.0 - zero)[:, None].to(x.dtype.element_ty), ASSEMBLY)
+        packed = tl.load(w_at + byte)
+        zero = tl.load(zeros + of_group).to(x.dtype.element_ty)
+        minus_zero = (-128.0 - zero)[:, None].to(x.dtype.element_ty)
+        low, high = _nibbles(packed, minus_zero, ASSEMBLY)
         part = tl.dot(low, a, input_precision=PRECISION)
         part = tl.dot(high, b, part, input_precision=PRECISION)
-        acc += part * tl.load(scales + of_group, mask=there, other=0.0).to(tl.float32)[:, None]
+        acc += part * tl.load(scales + of_group).to(tl.float32)[:, None]
         if GATED:
-            packed = tl.load(w_at + N.to(tl.int64) * w_row + byte, mask=there[:, None], other=0)
-            zero = tl.load(zeros + of_group + N, mask=there, other=0).to(x.dtype.element_ty)
-            low, high = _nibbles(packed, (-128.0 - zero)[:, None].to(x.dtype.element_ty), ASSEMBLY)
+            packed = tl.load(w_at + N.to(tl.int64) * w_row + byte)
+            zero = tl.load(zeros + of_group + N).to(x.dtype.element_ty)
+            minus_zero = (-128.0 - zero)[:, None].to(x.dtype.element_ty)
+            low, high = _nibbles(packed, minus_zero, ASSEMBLY)
             part = tl.dot(low, a, input_precision=PRECISION)
             part = tl.dot(high, b, part, input_precision=PRECISION)
-            up += part * tl.load(scales + of_group + N, mask=there, other=0.0).to(tl.float32)[:, None]
+            up += part * tl.load(scales + of_group + N).to(tl.float32)[:, None]
     acc, up = tl.trans(acc), tl.trans(up)
     if SPLIT:
         _keep_partial(acc, up, partial, tl.program_id(1), m, n, M, N, GATED)
@@ -481,7 +484,11 @@ def linear(
         k = x.shape[1]
     elif norm is not None:
         x = rms_norm(x, *norm)
-    step = weight.group if weight.scheme == "int4" else tile.inputs
+    step, warps = tile.inputs, tile.warps
+    if weight.scheme == "int4":
+        step = weight.group
+        # A step is one group. Of one of 64 there are 16 bytes for each thread of fewer warps; of one of 32, 8.
+        warps = min(warps, max(1, tile.features * max(weight.group, 64) // 1024))
     splits, per_split = 1, 0
     if tile.splits > 1:
         per_split = _round_up(-(-k // tile.splits), step)
@@ -497,7 +504,7 @@ def linear(
         TILE_M=tile.rows, TILE_N=tile.features, BAND=8, GATED=weight.gated, BIAS=bias, RESIDUAL=added, SPLIT=split,
         TAIL=k % step != 0, X_ALIGN=math.gcd(x.stride(0), 16), N_ALIGN=math.gcd(n, 16), K_ALIGN=math.gcd(k, 16),
         PRECISION="ieee" if x.dtype == torch.float32 else "tf32",
-        num_warps=tile.warps, num_stages=tile.stages,
+        num_warps=warps, num_stages=tile.stages,
     )  # fmt: skip
     bias_at, residual_at = weight.bias if bias else out, residual if added else out
     if weight.scheme == "int4":
