@@ -92,7 +92,7 @@ ATTENTION = {
         "block = tl.load(table + column, mask=key", "_ = tl.load(table + column, mask=key",
     ),
     "the old sums not rescaled": (
-        "acc * rescale[:, None], input_precision=PRECISION)\n    return", "acc, input_precision=PRECISION)\n    return",
+        "v.to(q.dtype), acc * rescale[:, None]", "v.to(q.dtype), acc",
     ),
     "ranges merged without weights": ("weight = tl.exp2(lse - tl.max(lse, 0))", "weight = tl.exp2(0 * lse)"),
     "the wrong head of the group": ("token * q_token + member * q_head", "token * q_token + row // TOKENS * q_head"),
