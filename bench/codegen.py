@@ -173,7 +173,7 @@ _FORMS = ("plain", "int4", "int8", "fp8")
 _WITH_FP8 = tuple(name for name in TARGETS if name not in ("sm_80", "gfx942"))
 """sm_80 has no fp8 arithmetic, and gfx942's float8_e4m3 is another one (fnuz)."""
 _NARROW: Mapping[str, tuple[str, ...]] = dict.fromkeys(TARGETS, ("mma", "wgmma", "tcgen05", "mfma"))
-_NARROW_ROWS: Mapping[str, tuple[str, ...]] = {"sm_90": ("wgmma",), "sm_100": ("tcgen05",)}
+_NARROW_ROWS: Mapping[str, tuple[str, ...]] = {"sm_90": ("wgmma",)}
 
 
 def _targets(form: str) -> tuple[str, ...]:
@@ -238,13 +238,27 @@ def segments(name: str, rows: int, length: int, d: int = 80, *, gate: bool = Fal
     return Case(name, call, 4.0 * rows * length * heads * d, 8.0 * rows * heads * d, gate=gate)
 
 
+def corners() -> Iterator[Case]:
+    """Launches between the other cases' sizes that the sweep found at fault once, on the targets where they were."""
+    for target, form, model, layer, m in (
+        ("sm_100", "plain", _3B, _3B.decoder[1], 300),
+        ("sm_90", "int4", _3B, _3B.decoder[0], 100),
+        ("sm_90", "int4", _7B, _7B.decoder[2], 48),
+        ("sm_90", "int4g64", _3B, _3B.decoder[0], 33),
+        ("sm_90", "int4g32", _3B, _3B.decoder[0], 16),
+    ):
+        case = product(f"{model.name} {layer.name}", form, m, layer.n, layer.k, gate=True, **layer.options)
+        yield replace(case, targets=(target,))
+
+
 def _moving(name: str, moved: float, call: Callable[[], object], **options: Any) -> Case:
     return Case(name, call, 0.0, moved, **options)
 
 
 _GATED_IN_CI = {
     ("out", "plain", 16), ("gate_up", "plain", 4096), ("vision down", "plain", 4096), ("gate_up", "int8", 256),
-    ("vision qkv", "int8", 4096), ("down", "int4", 16),
+    ("vision qkv", "int8", 4096), ("down", "int4", 16), ("gate_up", "int4", 64), ("gate_up", "fp8", 256),
+    ("head", "plain", 16),
 }  # fmt: skip
 
 
@@ -269,7 +283,7 @@ def attentions() -> Iterator[Case]:
     """The decoder's and the vision tower's attention."""
     for kind, dtype in _KEYS.items():
         plain = dtype == _BF16
-        yield paged(f"decode {kind} 4 x 4096", 4, 1, 4096, dtype, gate=plain)
+        yield paged(f"decode {kind} 4 x 4096", 4, 1, 4096, dtype, gate=kind != "fp8")
         yield paged(f"decode {kind} 256 x 2048", 256, 1, 2048, dtype)
         yield paged(f"prefill {kind} 1 x 4096", 1, 4096, 4096, dtype, gate=plain)
     yield segments("vision windows", 4096, 64, gate=True)
@@ -357,7 +371,7 @@ def tutorial() -> Iterator[Case]:
 
 def cases() -> list[Case]:
     """All of them."""
-    return [*products(), *attentions(), *others(), *tutorial()]
+    return [*products(), *corners(), *attentions(), *others(), *tutorial()]
 
 
 # The sweep.
@@ -577,9 +591,9 @@ sizes of Qwen2.5-VL-3B, as its launcher would start it on a card of the target (
 - **faults**: what the gate refuses: spills, too much shared memory, no tensor-core instruction, narrow loads of weights,
   three stages or more and nothing in flight.
 
-Loads of 8 bytes are taken in two places. int8 and fp8 keys: Triton lays such an operand out 8 elements wide before it is
-converted. int4 weights with more than 64 rows on sm_90 and sm_100, for the same reason; there arithmetic bounds them and not
-memory. gfx942 has sm_80's tiles with fewer stages, and none chosen for it: it is shown, and not gated."""
+Loads of 8 bytes are taken in three places. int8 and fp8 keys: Triton lays such an operand out 8 elements wide before it is
+converted. int4 weights with more than 32 rows beside wgmma, for the same reason; there arithmetic bounds them and not memory.
+int4 weights in groups of 32, of which a step has 16 bytes a feature. gfx942 has sm_80's tiles with fewer stages, and none chosen for it: it is shown, and not gated."""
 
 _COMPARISON = """A matrix product and a dense fused attention in plain textbook form (`bench/tutorial_kernels.py`), compiled in
 the same run. The project's own do more: packed rows, scales, bias and residual, a ragged batch over a block table; and 64 + 16

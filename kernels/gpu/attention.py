@@ -8,7 +8,7 @@ that its key's scores and its value's weight are multiplied by. Online softmax (
 
 Paged: a program takes `tokens` query tokens of one sequence and one kv head, with the query heads of its group as
 rows of the same tile (Ainslie et al., 2023), so that decoding fills the tensor cores' 16 rows and reads every key
-once. The grid is known without looking at the lengths: sequence s begins at tile `query_start[s] // tokens + s`.
+once; a group that is no power of two (7 of the 7B) has rows of no head beside it. The grid is known without looking at the lengths: sequence s begins at tile `query_start[s] // tokens + s`.
 Split-KV (Flash-Decoding: Dao et al., 2023): the third grid axis cuts each sequence's own keys into as many ranges, whose partial
 results `merge_kernel` joins by their log-sum-exp. The number of ranges is the launch's, their size is found on the device.
 
@@ -106,11 +106,11 @@ def _paged_tiles(
 def paged_kernel(
     q, k_cache, v_cache, k_scale, v_scale, out, partial, partial_lse, block_tables, query_start, context_lens,
     scale, num_seqs, num_tokens, q_token, q_head, out_token, table_row,
-    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, TILE_M: tl.constexpr,
-    TILE_N: tl.constexpr, SPLIT: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, PADDED: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
+    TILE_M: tl.constexpr, TILE_N: tl.constexpr, SPLIT: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """See `paged_attention`. `scale` includes log2(e)."""
-    TOKENS: tl.constexpr = TILE_M // GROUP
+    """See `paged_attention`. `scale` includes log2(e); a token has PADDED rows of a tile, the first GROUP of them with a head."""
+    TOKENS: tl.constexpr = TILE_M // PADDED
     tile, head = tl.program_id(0), tl.program_id(1)
     seq = _find(query_start, num_seqs, tile, TOKENS)
     begin = tl.load(query_start + seq)
@@ -121,8 +121,10 @@ def paged_kernel(
     context = tl.load(context_lens + seq)
     # Rows of the tile in 32 bits beside one address of the tile: they stay in registers to the end.
     row = tl.arange(0, TILE_M)
-    token, member = row // GROUP, row % GROUP
+    token, member = row // PADDED, row % PADDED
     mine = token < tl.minimum(count - first_token, TOKENS)
+    if PADDED > GROUP:
+        mine &= member < GROUP
     d = tl.arange(0, D)
     q += (begin + first_token).to(tl.int64) * q_token + head * GROUP * q_head
     tile_q = tl.load(
@@ -299,7 +301,8 @@ def paged_attention(
     sequences = context_lens.shape[0]
     if not out.numel():
         return out
-    per_tile = tile.rows // group
+    padded = triton.next_power_of_2(group)  # of 7, row // 7 and row % 7 would be kept in registers to the end
+    per_tile = tile.rows // padded
     partial = lse = out
     num_splits = min(num_splits, max(1, triton.cdiv(block_tables.shape[1] * block_size, tile.keys)))
     if num_splits > 1:
@@ -310,8 +313,9 @@ def paged_attention(
         q, k_cache, v_cache, k_scale if k_scale is not None else out, v_scale if v_scale is not None else out,
         out, partial, lse, block_tables, query_start, context_lens,
         scale * _LOG2E, sequences, tokens, q.stride(0), q.stride(1), out.stride(0), block_tables.stride(0),
-        KV_HEADS=kv_heads, GROUP=group, D=d, BLOCK=block_size, TILE_M=tile.rows, TILE_N=tile.keys, SPLIT=split,
-        SCALED=k_scale is not None, PRECISION=_precision(q.dtype), num_warps=tile.warps, num_stages=tile.stages,
+        KV_HEADS=kv_heads, GROUP=group, PADDED=padded, D=d, BLOCK=block_size, TILE_M=tile.rows, TILE_N=tile.keys,
+        SPLIT=split, SCALED=k_scale is not None, PRECISION=_precision(q.dtype), num_warps=tile.warps,
+        num_stages=tile.stages,
     )  # fmt: skip
     if split:
         rows = tokens * heads

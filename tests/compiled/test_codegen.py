@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -39,10 +40,16 @@ def faults(case: Case, target: Target) -> list[str]:
     return [fault for row in rows for fault in row.faults]
 
 
-@pytest.mark.parametrize("target", CUDA, ids=lambda target: target.name)
-@pytest.mark.parametrize("case", GATE, ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    ("case", "target"),
+    [
+        pytest.param(case, target, id=f"{case.name}-{target.name}")
+        for case in GATE
+        for target in CUDA
+        if target.name in case.targets
+    ],
+)
 def test_the_gate_is_passed(case: Case, target: Target) -> None:
-    assert target.name in case.targets
     assert not faults(case, target)
 
 
@@ -71,9 +78,43 @@ def test_a_tile_has_one_kernel_for_every_number_of_rows() -> None:
 
 
 def test_every_kind_of_kernel_is_in_the_gate() -> None:
-    names = " ".join(case.name for case in GATE)
-    for word in ("plain", "int8", "int4", "gate_up", "decode", "prefill", "vision windows", "vision images"):
-        assert word in names
+    everywhere = [case.name for case in GATE if len(case.targets) > 1]
+    kinds = [
+        f"{layer} {form} " for layer in ("gate_up", "(?!.*gate_up).*") for form in ("plain", "int8", "int4")
+    ]
+    kinds += [
+        "gate_up fp8 ",
+        "head ",
+        "decode bf16",
+        "decode int8",
+        "prefill bf16",
+        "vision windows",
+        "vision images",
+    ]
+    for kind in kinds:
+        assert any(re.match(kind, name) for name in everywhere), kind
+    for kind in ("int4g64", "int4g32"):
+        assert any(f" {kind} " in case.name for case in GATE)
+
+
+def test_the_sweep_finds_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every launch once, with the cases that would make it."""
+    good = codegen.product("good", "plain", 4096, 2048, 2048)
+    same, bad = replace(good, name="same"), replace(product(unaligned), name="bad")
+    monkeypatch.setattr(codegen, "sweep_cases", lambda: [("a", good), ("a", same), ("b", bad), ("b", bad)])
+    text = codegen.sweep(TARGETS["sm_80"])
+    assert "## sm_80: 2 different kernels, 1 with a fault" in text
+    assert "| a | 1 | 0 |" in text
+    assert "| b | 1 | 1 |" in text
+    assert "| bad, bad | 2 |" in text
+    assert "good" not in text
+
+
+def test_the_sweep_has_both_models_and_every_form() -> None:
+    groups = {group for group, _ in codegen.sweep_cases()}
+    forms = ("plain", "int8", "fp8", "int4", "int4g64", "int4g32")
+    kinds = (*forms, "attention bf16", "attention int8", "attention fp8")
+    assert groups == {f"{kind} {model}" for kind in kinds for model in ("3B", "7B")} | {"attention vision"}
 
 
 def product(call: Callable[[], object]) -> Case:
