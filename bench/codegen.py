@@ -593,7 +593,8 @@ sizes of Qwen2.5-VL-3B, as its launcher would start it on a card of the target (
 
 Loads of 8 bytes are taken in three places. int8 and fp8 keys: Triton lays such an operand out 8 elements wide before it is
 converted. int4 weights with more than 32 rows beside wgmma, for the same reason; there arithmetic bounds them and not memory.
-int4 weights in groups of 32, of which a step has 16 bytes a feature. gfx942 has sm_80's tiles with fewer stages, and none chosen for it: it is shown, and not gated."""
+int4 weights in groups of 32, of which a step has 16 bytes a feature.
+gfx942 has sm_80's tiles with fewer stages, and none chosen for it: it is shown, and not gated."""
 
 _COMPARISON = """A matrix product and a dense fused attention in plain textbook form (`bench/tutorial_kernels.py`), compiled in
 the same run. The project's own do more: packed rows, scales, bias and residual, a ragged batch over a block table; and 64 + 16

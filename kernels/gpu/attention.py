@@ -8,7 +8,8 @@ that its key's scores and its value's weight are multiplied by. Online softmax (
 
 Paged: a program takes `tokens` query tokens of one sequence and one kv head, with the query heads of its group as
 rows of the same tile (Ainslie et al., 2023), so that decoding fills the tensor cores' 16 rows and reads every key
-once; a group that is no power of two (7 of the 7B) has rows of no head beside it. The grid is known without looking at the lengths: sequence s begins at tile `query_start[s] // tokens + s`.
+once; a group that is no power of two (7 of the 7B) has rows of no head beside it. The grid is known without looking at the
+lengths: sequence s begins at tile `query_start[s] // tokens + s`.
 Split-KV (Flash-Decoding: Dao et al., 2023): the third grid axis cuts each sequence's own keys into as many ranges, whose partial
 results `merge_kernel` joins by their log-sum-exp. The number of ranges is the launch's, their size is found on the device.
 
