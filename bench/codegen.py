@@ -242,6 +242,7 @@ def corners() -> Iterator[Case]:
     """Launches between the other cases' sizes that the sweep found at fault once, on the targets where they were."""
     for target, form, model, layer, m in (
         ("sm_100", "plain", _3B, _3B.decoder[1], 300),
+        ("sm_100", "int8", _3B, _3B.decoder[0], 17),
         ("sm_90", "int4", _3B, _3B.decoder[0], 100),
         ("sm_90", "int4", _7B, _7B.decoder[2], 48),
         ("sm_90", "int4g64", _3B, _3B.decoder[0], 33),

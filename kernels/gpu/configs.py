@@ -167,11 +167,12 @@ _BLACKWELL = {
     )
     for (form, gated), tiles in _HOPPER.items()
 }
-# By pointers, 64 x 64 in four stages with a residual spills; with descriptors the loop is a quarter shorter.
-_BLACKWELL["plain", False] = tuple(
-    replace(tile, loads="descriptors") if (tile.rows, tile.features) == (64, 64) else tile
-    for tile in _BLACKWELL["plain", False]
-)
+# By pointers these spill, one with a residual and one with split-K; with descriptors their loops are a quarter shorter.
+for _form, _rows in (("plain", 64), ("int8", 32)):
+    _BLACKWELL[_form, False] = tuple(
+        replace(tile, loads="descriptors") if (tile.rows, tile.features) == (_rows, 64) else tile
+        for tile in _BLACKWELL[_form, False]
+    )
 _CDNA = _AMPERE | {("plain", False): _PLAIN}  # 64 KB of shared memory: no tile of 128 x 256
 _INTERPRETED = _tiles(
     (16, 256, 256, 4, 1), (64, 256, 256, 4, 1)
