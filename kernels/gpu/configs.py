@@ -277,11 +277,19 @@ def varlen(card: Card, rows: int, segments: int) -> AttentionTile:
     return VARLEN[card.arch][0 if rows <= 64 * segments else 1]
 
 
-def fit(card: Card, tile: AttentionTile, row_bytes: int) -> AttentionTile:
-    """`tile` for heads of `row_bytes`: above 256 (float32 of 128, head_dim 256) one that every card's shared memory holds."""
-    if row_bytes <= 256 or not card.arch:
+def fit(
+    card: Card, tile: AttentionTile, row_bytes: int, *, group: int = 1, quantised: bool = False
+) -> AttentionTile:
+    """`tile` for heads of `row_bytes`: above 256 (float32 of 128, head_dim 256) one that every card's shared memory holds. On
+    sm_89, where keys are converted and the query heads of a group are no power of two, one of fewer rows: more spill registers.
+    """
+    if not card.arch:
         return tile
-    return AttentionTile(min(tile.rows, 64), 32, 4, 2)
+    if row_bytes > 256:
+        return AttentionTile(min(tile.rows, 64), 32, 4, 2)
+    if card.arch == 89 and quantised and group & (group - 1):
+        return replace(tile, rows=min(tile.rows, 64))
+    return tile
 
 
 def splits_for(card: Card, programs: int, longest: int, keys: int) -> int:

@@ -178,10 +178,11 @@ def _paged_attention(
     v_scale: Tensor | None = None,
 ) -> Tensor:
     card = configs.card_of(q.device)
-    tile = tuned.paged(card, decoding=len(q) == len(context_lens), quantised=k_scale is not None)
-    tile = configs.fit(card, tile, q.shape[2] * q.element_size())
     kv_heads, block_size = k_cache.shape[1:3]
-    programs = (len(q) * (q.shape[1] // kv_heads) // tile.rows + len(context_lens)) * kv_heads
+    group, quantised = q.shape[1] // kv_heads, k_scale is not None
+    tile = tuned.paged(card, decoding=len(q) == len(context_lens), quantised=quantised)
+    tile = configs.fit(card, tile, q.shape[2] * q.element_size(), group=group, quantised=quantised)
+    programs = (len(q) * group // tile.rows + len(context_lens)) * kv_heads
     splits = configs.splits_for(card, programs, block_tables.shape[1] * block_size, tile.keys)
     return attention.paged_attention(
         q, k_cache, v_cache, block_tables, query_start, context_lens, scale, k_scale=k_scale, v_scale=v_scale,

@@ -64,6 +64,12 @@ def test_operands_of_many_rows_come_by_descriptors(target: str, words: list[str]
     assert row.figures.loop.get("global load", 0) <= 2  # on sm_100 another warp copies
 
 
+def test_seven_query_heads_over_fp8_keys_do_not_spill() -> None:
+    """The 7B's, on sm_89: 128 rows of them do."""
+    case = codegen.paged("prefill", 1, 4096, 4096, torch.float8_e4m3fn, model=codegen._7B)
+    assert not faults(case, TARGETS["sm_89"])
+
+
 def test_a_tile_has_one_kernel_for_every_number_of_rows() -> None:
     """Triton would make one for 1, for multiples of 16 and for all else, while pages wait."""
     target, tiles = TARGETS["sm_90"], set()
