@@ -108,6 +108,7 @@ class EngineCore:
         text = model.config.text
         self.model, self.prompter, self.config = model, prompter, config
         self.gpu = gpu_of(model.vision.device)
+        self._ahead = config.overlap and self.gpu is not None
         self.max_model_len = config.max_model_len or min(text.max_position_embeddings, _DEFAULT_MODEL_LEN)
         if self.max_model_len > text.max_position_embeddings:
             raise ConfigError(
@@ -148,7 +149,7 @@ class EngineCore:
             max_num_seqs=config.max_num_seqs,
             max_step_tokens=config.max_step_tokens,
             max_step_image_tokens=config.max_step_image_tokens,
-            encode_ahead=config.overlap and self.gpu is not None,
+            encode_ahead=self._ahead,
         )
         self.runner = self._runner(num_blocks)
         if config.cuda_graphs:
@@ -165,7 +166,6 @@ class EngineCore:
         self._pieces = token_pieces(prompter.tokenizer, text.vocab_size)
         self._mask_thread = ThreadPoolExecutor(1, thread_name_prefix="pagemill-masks")
         self._next_id = 0
-        self._ahead = config.overlap and self.gpu is not None
         self._flight: _Flight | None = None
         """The step that the device was given before the tokens of the one before it were known."""
         self._dropped: list[StepPlan] = []

@@ -14,6 +14,7 @@ from pagemill.kernels.gpu import configs
 from pagemill.kernels.gpu import linear as module
 from pagemill.kernels.gpu.configs import MatmulTile
 from pagemill.kernels.gpu.linear import linear, pack_int4, pack_plain, pack_scaled, quantize, unpack_int4
+from pagemill.kernels.linear import PackedLinear
 from tests.gpu.conftest import DEVICE, ON_GPU, bound, error, needs_fp8
 from tests.gpu.reference import product
 
@@ -96,17 +97,24 @@ def among_nan(m: int, k: int, dtype: torch.dtype) -> Tensor:
 FORMS = ["plain", "int8", pytest.param("fp8", marks=needs_fp8)]
 
 
+def pack(
+    form: str, x: Tensor, weight: Tensor, bias: Tensor | None, gated: bool
+) -> tuple[PackedLinear, tuple[Tensor, Tensor]]:
+    """The weight in a form; and x and the weight as numbers that the product multiplies."""
+    if form == "plain":
+        return pack_plain(weight, bias, gated=gated), (x, weight)
+    k = weight.shape[1]
+    kind = torch.int8 if form == "int8" else torch.float8_e4m3fn
+    rows, codes = quantize(x, kind), quantize(weight, kind)
+    x, weight = ((q.double() * scale.double()[:, None])[:, :k] for q, scale in (rows, codes))
+    return pack_scaled(codes[0][:, :k], codes[1], bias, gated=gated), (x, weight)
+
+
 def check(form: str, m: int, n: int, k: int, gated: bool, dtype: torch.dtype, shape: MatmulTile) -> None:
     """A product in a tile, of rows among NaN, with bias and residual."""
     _, weight, bias, residual = inputs(m, n, k, dtype, gated, True)
     x = among_nan(m, k, dtype)
-    if form == "plain":
-        packed, exact = pack_plain(weight, bias, gated=gated), (x, weight)
-    else:
-        kind = torch.int8 if form == "int8" else torch.float8_e4m3fn
-        rows, codes = quantize(x, kind), quantize(weight, kind)
-        packed = pack_scaled(codes[0][:, :k], codes[1], bias, gated=gated)
-        exact = tuple((q.double() * scale.double()[:, None])[:, :k] for q, scale in (rows, codes))
+    packed, exact = pack(form, x, weight, bias, gated)
     found = linear(x, packed, tile=shape, residual=residual)
     assert error(found, product(*exact, bias, residual, gated)) < bound(dtype)
 
@@ -167,13 +175,8 @@ def test_rows_of_very_different_sizes(form: str, splits: int, gated: bool) -> No
     m, n, k = 6, 35, 100
     x, weight = spread(m, k), spread(n * (1 + gated), k)
     bias, residual = torch.randn(len(weight)), torch.randn(m, n)
-    if form == "plain":
-        packed, exact = pack_plain(weight, bias, gated=gated), (x, weight)
-    else:
-        kind = torch.int8 if form == "int8" else torch.float8_e4m3fn
-        rows, codes = quantize(x, kind), quantize(weight, kind)
-        packed = pack_scaled(codes[0][:, :k], codes[1], bias, gated=gated)
-        exact = tuple((q.double() * scale.double()[:, None])[:, :k] for q, scale in (rows, codes))
+    packed, exact = pack(form, x, weight, bias, gated)
+    if form != "plain":
         assert not exact[0][2].any()
     found = linear(x, packed, tile=tile(m, splits), residual=residual)
     assert_each(found, *exact, bias, residual, gated, bound(torch.float32))
