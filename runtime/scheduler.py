@@ -365,6 +365,11 @@ class Scheduler:
                 step.image_tokens -= image.num_tokens
         return n
 
+    def _shared(self, seq: Sequence) -> list[int]:
+        """Blocks that hold the beginning of a waiting sequence already. At least one token is always computed, for its logits."""
+        size = self.blocks.block_size
+        return self.blocks.match(seq.digests((len(seq.token_ids) - 1) // size, size))
+
     def _reserve(self, seq: Sequence, image: SequenceImage) -> bool:
         """Reserve space for an image of a running sequence; waiting ones give back theirs for it, the last first."""
         while not self.images.reserve(image.digest, image.num_tokens, seq.id):
@@ -385,7 +390,7 @@ class Scheduler:
         ahead: list[tuple[Sequence, SequenceImage]] = []
         if len(self._early) >= _LOOK_AHEAD:
             return ahead
-        images, block_size = self.images, self.blocks.block_size
+        images = self.images
         room = self.max_step_image_tokens - sum(seq.num_image_tokens for seq in self._early)
         for _, seq in nsmallest(_LOOK_AHEAD, self._waiting):
             wanted = seq.num_image_tokens
@@ -394,8 +399,7 @@ class Scheduler:
             room -= wanted
             if room < 0 or images.used_tokens + wanted > images.capacity_tokens:
                 break
-            digests = seq.digests((len(seq.token_ids) - 1) // block_size, block_size)
-            shared = len(self.blocks.match(digests)) * block_size
+            shared = len(self._shared(seq)) * self.blocks.block_size
             self._early.append(seq)
             for image in seq.images:
                 if image.end > shared and not images.hold(image.digest, seq.id):
@@ -410,9 +414,7 @@ class Scheduler:
         if not self._waiting or not self._rows:
             return None
         seq, blocks = self._waiting[0][1], self.blocks
-        num_tokens = len(seq.token_ids)
-        # At least one token is always computed, for its logits.
-        shared = blocks.match(seq.digests((num_tokens - 1) // blocks.block_size, blocks.block_size))
+        num_tokens, shared = len(seq.token_ids), self._shared(seq)
         remaining = max(self.predictor.predict(seq) - (num_tokens - seq.num_prompt), blocks.block_size)
         committed = blocks.blocks_for(min(num_tokens + remaining, seq.max_tokens))
         if self.running:
